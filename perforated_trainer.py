@@ -1,0 +1,739 @@
+"""Train any Hugging Face model with Perforated AI's dendrites, on the stock `transformers.Trainer`.
+
+Copy or import this file as it is. Five names are meant for use:
+
+    DendriteArguments      command-line settings of the dendrites (a dataclass for HfArgumentParser)
+    perforate              converts a model so that dendrites can be added to it
+    PerforatedTrainer      a Trainer that adds dendrites until the tracker says that training is complete
+    load_perforated_model  loads what PerforatedTrainer saved
+    ignore_shared_tensors  lets safetensors write tied weights
+
+How it works: a dendrite makes a different model, which needs a new optimizer, scheduler and wrapper. That is what
+`Trainer.train()` sets up, so PerforatedTrainer runs one `Trainer.train()` per dendrite cycle. Each cycle begins with a
+checkpoint that holds no optimizer and no scheduler. A run that was killed goes on through the same code path.
+
+Written for transformers 5.23, perforatedai 3.2.9 and safetensors 0.8.
+"""
+
+import contextlib
+import hashlib
+import inspect
+import io
+import json
+import math
+import os
+import pdb
+import re
+import shutil
+import signal
+import sys
+import time
+import zlib
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from accelerate.utils import broadcast_object_list
+from torch.utils.data import Subset
+from tqdm.auto import tqdm
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_utils import TrainOutput
+from transformers.utils import logging
+
+with contextlib.redirect_stdout(io.StringIO()):  # the package prints which variant it is when it is imported
+    from perforatedai import globals_perforatedai as GPA
+    from perforatedai import network_perforatedai as NPA
+    from perforatedai import utils_perforatedai as UPA
+
+logger = logging.get_logger(__name__)
+
+MANIFEST = "perforated.json"  # written last: a checkpoint without it is unfinished
+DEPLOYED = "deployed"  # the clean model inside a checkpoint
+WEIGHTS = "model.safetensors"
+BEST = "best_model.safetensors"
+
+# Arguments of the Trainer that dendrites change the meaning of, and what to use instead.
+REFUSED = {
+    "load_best_model_at_end": "the tracker itself returns the best model at the end",
+    "fsdp": "use DistributedDataParallel instead: torchrun --nproc_per_node N",
+    "deepspeed": "use DistributedDataParallel instead: torchrun --nproc_per_node N",
+    "save_only_model": "a checkpoint without the optimizer could not go on exactly; use the model in `final/`",
+    "enable_jit_checkpoint": "Ctrl-C and SIGTERM already save a checkpoint before the run ends",
+    "auto_find_batch_size": "set --per_device_train_batch_size; --testing_dendrite_capacity shows whether it fits",
+}
+# Arguments that change where a run writes or how it reports, not what it computes.
+HARMLESS = re.compile(
+    "output_dir|resume|overwrite|save_|logging|log_|report|run_name|project|hub|push|tqdm|do_|max_steps|epochs$"
+)
+
+
+class PerforatedError(RuntimeError):
+    """A problem that the user can solve: print it as one line and end with `exit_status`."""
+
+    def __init__(self, message: str, exit_status: int = 2):
+        super().__init__(" ".join(str(message).split()))
+        self.exit_status = exit_status
+
+
+@dataclass
+class DendriteArguments:
+    """Settings of Perforated AI's dendrites. One "epoch" of the tracker is one evaluation."""
+
+    save_name: str = field(default="PAI", metadata={"help": "Name of the run and of its folder, without a separator."})
+    doing_pai: bool = field(
+        default=True, metadata={"help": "Add dendrites. False trains the same network, same stopping rule, none added."}
+    )
+    testing_dendrite_capacity: bool = field(
+        default=False, metadata={"help": "Add three dendrites in quick succession to test memory. Not a real run."}
+    )
+    max_dendrites: int = field(default=5, metadata={"help": "Stop after this many dendrites at the latest."})
+    n_epochs_to_switch: int = field(
+        default=10, metadata={"help": "Evaluations without a better score after which a dendrite is added."}
+    )
+    history_lookback: int = field(default=1, metadata={"help": "Scores are averaged over this many evaluations."})
+    improvement_threshold: list[float] = field(
+        default_factory=lambda: [0.0001],
+        metadata={"help": "Relative gain that counts as a better score; several values: one for each further try."},
+    )
+    overwrite_run: bool = field(default=False, metadata={"help": "Replace the run that the folder already holds."})
+
+
+class _Tail(io.TextIOBase):
+    """Keeps the last of what the library prints, and passes it on where `stream` is given."""
+
+    def __init__(self, stream=None):
+        self.stream, self.text = stream, ""
+
+    def write(self, text):
+        self.text = (self.text + text)[-4000:]
+        return self.stream.write(text) if self.stream else len(text)
+
+    def flush(self):
+        if self.stream:
+            self.stream.flush()
+
+    def isatty(self):
+        return self.stream.isatty() if self.stream else False
+
+
+@contextlib.contextmanager
+def _library(stream=None):
+    """Around calls into perforatedai, which on errors prints, then opens a debugger or exits: makes that an error."""
+
+    def stop(*args, **kwargs):
+        raise PerforatedError(f"perforatedai stopped: {said.text.strip() or 'it gave no reason'}")
+
+    said, set_trace = _Tail(stream), pdb.set_trace
+    pdb.set_trace = stop
+    try:
+        with contextlib.redirect_stdout(said):
+            yield
+    except SystemExit:
+        stop()
+    finally:
+        pdb.set_trace = set_trace
+        if not stream and said.text:
+            logger.debug(said.text)
+
+
+def ignore_shared_tensors() -> None:
+    """Let safetensors write tensors that are whole aliases of one another, such as tied weights.
+
+    Whole aliases have the same storage, offset, shape and strides: a copy of each on disk is harmless. Tensors that
+    overlap in part still raise. The function replaced is private in safetensors 0.8 (`_find_shared_tensors`), which has
+    no public switch for it; a test fails when it moves.
+    """
+    original = safetensors.torch._find_shared_tensors
+    if getattr(original, "ignores_aliases", False):
+        return
+
+    def view(tensor):
+        return tensor.data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
+
+    def find_partly_shared_tensors(state_dict):
+        return [names for names in original(state_dict) if len({view(state_dict[name]) for name in names}) > 1]
+
+    find_partly_shared_tensors.ignores_aliases = True
+    safetensors.torch._find_shared_tensors = find_partly_shared_tensors
+
+
+def _claim_run_folder(dendrite_args: DendriteArguments, training_args: TrainingArguments) -> None:
+    """Refuse a folder that is not free, or clear it where the user said so."""
+    name = dendrite_args.save_name
+    for folder in {Path(name).resolve(), Path(training_args.output_dir).resolve()}:
+        if not folder.is_dir() or not any(folder.iterdir()) or training_args.resume_from_checkpoint:
+            continue
+        ours = [f"{name}_config.json", "best_model.pt", "results.json", "checkpoint-*"]
+        if not any(any(folder.glob(pattern)) for pattern in ours):
+            raise PerforatedError(f"{folder} is not empty and holds no run: choose another --save_name")
+        if not dendrite_args.overwrite_run:
+            raise PerforatedError(
+                f"{folder} already holds a run: --resume_from_checkpoint true goes on with it, --overwrite_run "
+                "replaces it, another --save_name keeps both"
+            )
+        shutil.rmtree(folder)
+    # The library would take every setting that is not set here from an older run's file.
+    Path(name, f"{name}_config.json").unlink(missing_ok=True)
+
+
+def perforate(
+    model: PreTrainedModel, dendrite_args: DendriteArguments, training_args: TrainingArguments
+) -> PreTrainedModel:
+    """Convert `model` in place so that dendrites can be added to it, and return it.
+
+    The library keeps one tracker per process: a second call replaces the first one's. Raises PerforatedError for
+    settings that cannot work and for a run folder that is not free.
+    """
+    name = dendrite_args.save_name
+    if not re.fullmatch(r"[\w.-]*\w[\w.-]*", name):
+        raise PerforatedError(f"--save_name {name!r}: use letters, digits, '_', '-' and '.', no path separator")
+    for argument, reason in REFUSED.items():
+        if getattr(training_args, argument, None):
+            raise PerforatedError(f"--{argument} does not go with dendrites: {reason}")
+    if training_args.eval_strategy == "no":
+        raise PerforatedError("--eval_strategy no: dendrites are added by validation scores; use steps or epoch")
+    if training_args.save_strategy == "best":
+        raise PerforatedError("--save_strategy best: the tracker keeps the best model; use steps, epoch or no")
+    if not training_args.metric_for_best_model:
+        raise PerforatedError("--metric_for_best_model is needed: it decides when a dendrite is added")
+    if training_args.n_gpu > 1:
+        # transformers 5.23 has no public way to use one of several visible GPUs; nn.DataParallel, its default there,
+        # is refused by the tracker.
+        training_args._n_gpu = 1
+        logger.warning("Several GPUs are visible, one is used. All of them: torchrun --nproc_per_node N <script>")
+
+    threshold = dendrite_args.improvement_threshold
+    settings = {
+        "device": training_args.device,
+        "use_cuda": training_args.device.type == "cuda",
+        "d_type": model.dtype,
+        "testing_dendrite_capacity": dendrite_args.testing_dendrite_capacity,
+        "max_dendrites": dendrite_args.max_dendrites,
+        "n_epochs_to_switch": dendrite_args.n_epochs_to_switch,
+        "history_lookback": dendrite_args.history_lookback,
+        "improvement_threshold": threshold[0] if len(threshold) == 1 else list(threshold),
+        "library_validation_score": training_args.metric_for_best_model,
+        # A capacity test changes the next three in place: a later call in this process must not inherit them.
+        "switch_mode": GPA.pc.DOING_HISTORY,
+        "retain_all_dendrites": False,
+        "max_dendrite_tries": 2,
+        # Never ask on standard input.
+        "configuration_confirmed": True,
+        "unwrapped_modules_confirmed": True,
+        "weight_decay_accepted": True,
+        "silent": True,
+        "verbose": False,
+        "find_best_lr": False,  # the Trainer owns the scheduler
+        "test_saves": False,  # the Trainer owns the checkpoints; only best_model.pt is read back
+        "pai_saves": False,
+    }
+    for setting, value in settings.items():
+        getattr(GPA.pc, f"set_{setting}")(value)
+
+    with training_args.main_process_first(local=False):
+        if training_args.process_index == 0:
+            _claim_run_folder(dendrite_args, training_args)
+        with _library():
+            model = UPA.perforate_model(
+                model,
+                doing_pai=dendrite_args.doing_pai,
+                save_name=name,
+                making_graphs=False,  # drawn by PerforatedTrainer, when it is worth the time
+                maximizing_score=bool(training_args.greater_is_better),
+            )
+    # A second registered name for the body would be trained, counted and saved twice. Where `base_model` is only the
+    # read-only property of transformers, nothing is registered and nothing is done.
+    if any(module == "base_model" for module, _ in model.named_modules(remove_duplicate=False)):
+        del model.base_model
+    return model.to(training_args.device)
+
+
+def load_perforated_model(model_class: type[PreTrainedModel], folder: str | os.PathLike) -> PreTrainedModel:
+    """Load a model with dendrites from `final/` or from a checkpoint of a run that still trains.
+
+    Gives `model_class` in evaluation mode on the CPU, with the trained model's logits to the last bit. Reads
+    `config.json` and `model.safetensors`, no pickle, and needs no tracker. Raises PerforatedError where they are missing.
+    """
+    folder = Path(folder)
+    folder = folder / DEPLOYED if (folder / DEPLOYED).is_dir() else folder
+    for name in ("config.json", WEIGHTS):
+        if not (folder / name).is_file():
+            raise PerforatedError(f"{folder} holds no model: {name} is missing")
+    model = model_class(model_class.config_class.from_pretrained(folder))
+    with _library():
+        return NPA.load_pai_model(model, str(folder / WEIGHTS)).eval()
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_checkpoint(folder: Path) -> dict:
+    """Return the manifest of a complete and undamaged checkpoint, else raise PerforatedError."""
+    if not folder.is_dir():
+        raise PerforatedError(f"{folder}: there is no such checkpoint folder")
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        for name, digest in manifest["files"].items():
+            if not (folder / name).is_file() or _digest(folder / name) != digest:
+                raise PerforatedError(f"{folder} is damaged: {name} is missing or is not what was written")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise PerforatedError(f"{folder} is unfinished, or no checkpoint of a run with dendrites") from None
+    return manifest
+
+
+class _DendriteCallback(TrainerCallback):
+    """The dendrite steps inside one `Trainer.train()`: scores to the tracker, checkpoints, signals, progress."""
+
+    def __init__(self, trainer: "PerforatedTrainer"):
+        self.trainer, self.bar, self.last_line = trainer, None, 0.0
+
+    def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
+        GPA.pai_tracker.set_optimizer_instance(optimizer)
+        if state.is_world_process_zero and not args.disable_tqdm and sys.stderr.isatty():
+            self.bar = tqdm(total=GPA.pc.get_n_epochs_to_switch(), leave=False, unit="eval", dynamic_ncols=True)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.trainer.stop_requested():
+            control.should_save = control.should_training_stop = True
+        # The running loss is not part of a checkpoint: log it before, so that a resumed run reports the same losses.
+        if control.should_evaluate or control.should_save:
+            control.should_log = True
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        scores = {name: value for name, value in logs.items() if name.endswith("loss") or name == "grad_norm"}
+        if args.fp16:
+            scores.pop("grad_norm", None)  # the gradient scaler skips such a step and goes on
+        for name, value in scores.items():
+            if not math.isfinite(value):
+                raise PerforatedError(
+                    f"{name} became {value} at step {state.global_step}. The last checkpoint and the best model so far "
+                    f"are kept in {args.output_dir}; try a lower --learning_rate",
+                    exit_status=1,
+                )
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        if self.trainer.is_in_train and self.trainer.score_name in metrics:
+            self.trainer.add_score(metrics)
+            if self.trainer.cycle_ended:
+                control.should_save = control.should_training_stop = True
+            self.report(args, state)
+
+    def on_save(self, args, state, control, **kwargs):
+        self.trainer.complete_checkpoint()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+    def report(self, args, state):
+        member = GPA.pai_tracker.member_vars
+        since = member["num_epochs_run"] - member["epoch_last_improved"]
+        loss = next((entry["loss"] for entry in reversed(state.log_history) if "loss" in entry), float("nan"))
+        best = {"step": state.global_step, "loss": f"{loss:.4f}", "best": f"{self.trainer.best_score():.4f}"}
+        best["dendrites"] = member["num_dendrites_added"]
+        if self.bar is not None:
+            self.bar.n = min(since, self.bar.total)
+            self.bar.set_postfix(best)
+        elif time.monotonic() - self.last_line > 15:  # no terminal: now and then a plain line
+            self.last_line = time.monotonic()
+            line = " ".join(f"{name} {value}" for name, value in best.items())
+            self.trainer.say(f"{line} evaluations since the best {since}/{GPA.pc.get_n_epochs_to_switch()}")
+
+
+class PerforatedTrainer(Trainer):
+    """A Trainer that adds dendrites to a model from `perforate`, cycle after cycle, until the tracker says stop.
+
+    Takes the arguments of `Trainer`. `test_dataset` is evaluated beside every validation and only reported.
+    After `train()`: the model is the tracker's best, `stopped_by` is "tracker", "max_steps" or "signal",
+    `cycles()` the result for each number of dendrites. `save_model(folder)` writes the model without scaffolding.
+    """
+
+    def __init__(self, *args, test_dataset=None, **kwargs):
+        if "using_perforatedai" in inspect.signature(Trainer.__init__).parameters:  # Perforated AI's fork
+            kwargs["using_perforatedai"] = False
+        super().__init__(*args, **kwargs)
+        if GPA.pai_tracker == []:
+            raise PerforatedError("the model has no dendrite tracker: call perforate(model, ...) before the trainer")
+        if self.optimizer is not None or self.model_init is not None:
+            raise PerforatedError("each dendrite needs a new optimizer: pass optimizer_cls_and_kwargs, no model_init")
+        self.test_dataset = test_dataset
+        metric = self.args.metric_for_best_model
+        self.score_name = metric if metric.startswith("eval_") else f"eval_{metric}"
+        self.stopped_by, self.train_seconds, self.cycle_ended, self.complete = None, 0.0, False, False
+        self.signal = None
+        self._parameters = {}
+        for callback in (ProgressCallback, PrinterCallback):
+            self.remove_callback(callback)
+        self.add_callback(_DendriteCallback(self))
+
+    # ---------------------------------------------------------------- training, one Trainer.train() per dendrite cycle
+
+    def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None) -> TrainOutput:
+        """Train until the tracker says that training is complete, or until `max_steps`, or until a signal.
+
+        Args: as `Trainer.train`; `resume_from_checkpoint` may also be "true", the newest complete checkpoint.
+        Raises PerforatedError for a checkpoint that cannot be used, a full disk, a loss that is not finite.
+        """
+        checkpoint = self.find_checkpoint(resume_from_checkpoint)
+        self._check_metric(ignore_keys_for_eval)
+        # The stock rotation deletes an old checkpoint before the new one is marked complete: ours runs after that.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        self.save_total_limit = limit
+        self.complete, output = False, None
+        try:
+            with self._signals(), _library(stream=sys.stdout):
+                while True:
+                    self._clock = time.monotonic()
+                    if checkpoint:
+                        self.load_checkpoint(checkpoint)
+                    if self.complete or 0 < self.args.max_steps <= self.state.global_step:
+                        break
+                    self.cycle_ended = False
+                    self.optimizer = self.lr_scheduler = None
+                    self.model_wrapped = self.model
+                    output = super().train(checkpoint, trial, ignore_keys_for_eval)
+                    self.train_seconds += time.monotonic() - self._clock
+                    if self.signal or not self.cycle_ended or self.complete:
+                        break
+                    checkpoint = self.checkpoint_folder()
+        except (OSError, safetensors.SafetensorError, RuntimeError) as error:
+            # torch.save reports a full disk as a RuntimeError of its zip writer
+            if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+                raise
+            raise PerforatedError(
+                f"cannot write to {self.args.output_dir}: {error}. Checkpoints written before are still good: free "
+                "the disk, then go on with --resume_from_checkpoint true",
+                exit_status=1,
+            ) from error
+        finally:
+            self.args.save_total_limit = limit
+        self.stopped_by = "tracker" if self.complete else "signal" if self.signal else "max_steps"
+        if self.stopped_by == "max_steps" and (best := Path(GPA.pc.get_save_name(), "best_model.pt")).is_file():
+            with _library():
+                UPA.load_system(self.model, str(best.parent), best.stem, switch_call=True)
+        if self.stopped_by != "signal":
+            self.draw()
+        return output or TrainOutput(self.state.global_step, 0.0, {})
+
+    def _check_metric(self, ignore_keys):
+        """Ask for the metric before the first step, on as few examples as one batch holds."""
+        if isinstance(self.eval_dataset, dict) or not hasattr(self.eval_dataset, "__getitem__"):
+            return
+        few = Subset(self.eval_dataset, range(min(len(self.eval_dataset), self.args.eval_batch_size)))
+        metrics = self.predict(few, ignore_keys, metric_key_prefix="eval").metrics
+        if self.score_name not in metrics:
+            known = sorted(name.removeprefix("eval_") for name in metrics if "time" not in name and "per_" not in name)
+            raise PerforatedError(
+                f"--metric_for_best_model {self.args.metric_for_best_model}: evaluation produces {', '.join(known)}"
+            )
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """As `Trainer.evaluate`; while training, the test data first, for the report."""
+        if self.is_in_train and eval_dataset is None and self.test_dataset is not None:
+            self.test_metrics = super().evaluate(self.test_dataset, ignore_keys, "test")
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def log(self, logs, start_time=None):
+        """As `Trainer.log`; dendrites and parameters become series in TensorBoard, wandb and the log history."""
+        if self.is_in_train:
+            logs |= {"dendrites": self.dendrites(), "parameters": self.parameters()}
+        super().log(logs, start_time)
+
+    def add_score(self, metrics: dict[str, float]) -> None:
+        """Give an evaluation to the tracker. Rank 0 alone does, and tells the others what it decided."""
+        if not math.isfinite(metrics[self.score_name]):
+            raise PerforatedError(f"{self.score_name} is {metrics[self.score_name]}: it cannot decide", exit_status=1)
+        decision = [False, False]
+        if self.is_world_process_zero():
+            before, tracker = self.dendrites(), GPA.pai_tracker
+            score = self.score_name.removeprefix("eval_")
+            with _library():
+                loss = next((entry["loss"] for entry in reversed(self.state.log_history) if "loss" in entry), None)
+                if loss is not None:
+                    tracker.add_extra_score(loss, "train loss")
+                if self.test_dataset is not None:
+                    tracker.add_test_score(self.test_metrics[f"test_{score}"], f"test {score}")
+                _, restructured, complete = tracker.add_validation_score(metrics[self.score_name], self.model)
+            decision = [bool(restructured), bool(complete)]
+            if any(decision):
+                self._parameters.clear()
+            if restructured and not complete:
+                self.say(
+                    f"step {self.state.global_step:,}: {before} -> {self.dendrites()} dendrites, "
+                    f"{self.parameters():,} parameters, {self.score_name} before {self.best_score():.4f}"
+                )
+        restructured, self.complete = broadcast_object_list(decision)
+        self.cycle_ended = restructured or self.complete
+        if self.cycle_ended or time.monotonic() - getattr(self, "_drawn", 0) > 60:
+            self.draw()
+
+    # ---------------------------------------------------------------------------------------------- what there is now
+
+    def dendrites(self) -> int:
+        """Number of dendrites that each layer has now."""
+        return GPA.pai_tracker.member_vars["num_dendrites_added"]
+
+    def parameters(self) -> int:
+        """Number of distinct parameters of the model as it would be deployed, without training scaffolding."""
+        key = (id(GPA.pai_tracker), self.dendrites())
+        if key not in self._parameters:
+            self._parameters[key] = sum(p.numel() for p in self.deployed_model().parameters())
+        return self._parameters[key]
+
+    def deployed_model(self) -> PreTrainedModel:
+        """A copy of the model without training scaffolding; same logits to the last bit."""
+        with _library():
+            return UPA.prepare_final_model(self.model)
+
+    def best_score(self) -> float:
+        """The best validation score so far, over all cycles; nan before the first."""
+        scores = [entry["best_validation"] for entry in self.cycles()]
+        return (max if self.args.greater_is_better else min)(scores, default=float("nan"))
+
+    def cycles(self) -> list[dict]:
+        """For each number of dendrites: parameters, the best validation score, its step and its test score."""
+        sign = 1 if self.args.greater_is_better else -1
+        score = self.score_name.removeprefix("eval_")
+        best, test = {}, None
+        for entry in self.state.log_history:
+            test = entry.get(f"test_{score}", test)
+            if "dendrites" in entry and self.score_name in entry:
+                cycle = {"dendrites": entry["dendrites"], "parameters": entry["parameters"]}
+                cycle |= {"global_step": entry["step"], "best_validation": entry[self.score_name]}
+                cycle |= {f"test_{score}": test} if test is not None else {}
+                old = best.get(cycle["dendrites"])
+                if old is None or sign * cycle["best_validation"] > sign * old["best_validation"]:
+                    best[cycle["dendrites"]] = cycle
+        return [best[dendrites] for dendrites in sorted(best)]
+
+    def say(self, line: str) -> None:
+        """Print a line above the progress bar, on rank 0 only."""
+        if self.is_world_process_zero():
+            tqdm.write(line, file=sys.stdout)
+            sys.stdout.flush()
+
+    # ---------------------------------------------------------------------------------------------------- checkpoints
+
+    def checkpoint_folder(self) -> Path:
+        return Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        """Write the model without scaffolding. For checkpoints (`_internal_call`): all that training needs of it."""
+        folder = Path(output_dir or self.args.output_dir)
+        if not self.args.should_save:
+            return
+        if not _internal_call:
+            self.deployed_model().save_pretrained(folder)
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+            with _library():
+                UPA.save_system(self.model, str(folder), "system")
+            os.replace(folder / "system.pt", folder / WEIGHTS)
+            self.deployed_model().save_pretrained(folder / DEPLOYED)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+
+    def complete_checkpoint(self) -> None:
+        """Finish what `Trainer` wrote: after the manifest the checkpoint counts, before it does not."""
+        self.accelerator.wait_for_everyone()
+        folder = self.checkpoint_folder()
+        if self.is_world_process_zero():
+            if self.cycle_ended:  # they belong to the network before the dendrite
+                for name in ("optimizer.pt", "scheduler.pt", "scaler.pt"):
+                    (folder / name).unlink(missing_ok=True)
+            # The tracker keeps the best model; the Trainer's pointer would only protect an old checkpoint.
+            self.state.best_model_checkpoint = None
+            self.state.save_to_json(str(folder / "trainer_state.json"))
+            best = Path(GPA.pc.get_save_name(), "best_model.pt")
+            if best.is_file():
+                shutil.copyfile(best, folder / BEST)
+            files = sorted(path for path in folder.rglob("*") if path.is_file())
+            manifest = {
+                "saved_at": time.time(),
+                "complete": self.complete,
+                "train_seconds": self.train_seconds + time.monotonic() - self._clock,
+                "settings": self.settings(),
+                "files": {str(path.relative_to(folder)): _digest(path) for path in files},
+            }
+            temporary = folder / f"{MANIFEST}.tmp"
+            temporary.write_text(json.dumps(manifest, indent=1))
+            os.replace(temporary, folder / MANIFEST)
+            self._prune_checkpoints()
+        self.accelerator.wait_for_everyone()
+
+    def checkpoints(self) -> list[Path]:
+        """Folders named as checkpoints, the newest first; unfinished ones last."""
+
+        def saved_at(folder):
+            try:
+                return json.loads((folder / MANIFEST).read_text())["saved_at"]
+            except (OSError, ValueError, KeyError):
+                return 0.0
+
+        folders = Path(self.args.output_dir).glob("checkpoint-*")
+        found = [path for path in folders if re.fullmatch(r"checkpoint-\d+", path.name) and path.is_dir()]
+        return sorted(found, key=lambda path: (saved_at(path), int(path.name.split("-")[1])), reverse=True)
+
+    def _prune_checkpoints(self):
+        if self.save_total_limit and self.save_total_limit > 0:
+            for folder in self.checkpoints()[self.save_total_limit :]:
+                (folder / MANIFEST).unlink(missing_ok=True)  # first, so that a kill leaves none that looks complete
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def find_checkpoint(self, resume: str | bool | None) -> Path | None:
+        """The checkpoint that `resume` means: a folder, or for true the newest complete one, or None."""
+        if not resume or str(resume).lower() == "false":
+            return None
+        if str(resume).lower() != "true":
+            _check_checkpoint(Path(resume))
+            return Path(resume)
+        for folder in self.checkpoints():
+            try:
+                _check_checkpoint(folder)
+                return folder
+            except PerforatedError as error:
+                self.say(f"warning: passed over: {error}")
+        self.say(f"no complete checkpoint in {self.args.output_dir}: starting from the beginning")
+        return None
+
+    def load_checkpoint(self, folder: Path) -> None:
+        """Bring model, dendrites and tracker to where they were; `Trainer.train` then does so for the rest."""
+        manifest = _check_checkpoint(folder)
+        best = Path(GPA.pc.get_save_name(), "best_model.pt")
+        if self.is_world_process_zero():
+            best.parent.mkdir(exist_ok=True)
+            if (folder / BEST).is_file():
+                shutil.copyfile(folder / BEST, best)
+        now, then = self.settings(), manifest["settings"]
+        for name in sorted(now.keys() | then.keys()):
+            if now.get(name) != then.get(name):
+                self.say(f"warning: {name} was {then.get(name)} in {folder.name} and is now {now.get(name)}")
+        try:
+            with _library():
+                # What UPA.load_system does, except that it forgets the best score and the evaluations since.
+                UPA.load_net_from_dict(self.model, safetensors.torch.load_file(folder / WEIGHTS))
+                GPA.pai_tracker.reset_module_vector(self.model, False)
+                GPA.pai_tracker.from_string(UPA.string_from_tensor(self.model.tracker_string))
+                GPA.pai_tracker.saved_time = time.time()
+                GPA.pai_tracker.loaded = True
+        except (KeyError, RuntimeError) as error:
+            raise PerforatedError(f"{folder} does not fit this network: {error}") from error
+        self._parameters.clear()
+        self.state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
+        self.train_seconds, self.complete = manifest["train_seconds"], manifest["complete"]
+        self.accelerator.wait_for_everyone()
+
+    def settings(self) -> dict:
+        """What a resumed run should share with the run that wrote the checkpoint."""
+        settings = {name: value for name, value in self.args.to_dict().items() if not HARMLESS.search(name)}
+        settings["world_size"] = self.args.world_size
+        for setting in fields(DendriteArguments):
+            if hasattr(GPA.pc, f"get_{setting.name}"):
+                settings[setting.name] = getattr(GPA.pc, f"get_{setting.name}")()
+        settings["doing_pai"] = GPA.pai_tracker.member_vars["doing_pai"]
+        for name in ("train_dataset", "eval_dataset", "test_dataset"):
+            data = getattr(self, name)
+            if hasattr(data, "__len__") and hasattr(data, "__getitem__") and not isinstance(data, dict):
+                first = zlib.crc32(repr(data[0]).encode())
+                settings[name] = f"{len(data)} examples, first {first:08x}"
+        return json.loads(json.dumps(settings, default=str))
+
+    # -------------------------------------------------------------------------------------------------------- signals
+
+    @contextlib.contextmanager
+    def _signals(self):
+        """Ctrl-C and SIGTERM end the run after a checkpoint; a second Ctrl-C at once.
+
+        The Trainer's just-in-time checkpoint saves in the middle of a step, after dropout has drawn its random numbers
+        and before the weights have changed: a run resumed from there would not repeat an uninterrupted one.
+        """
+
+        def handler(number, frame):
+            if self.signal:
+                raise KeyboardInterrupt
+            self.signal = number
+            self.say("stopping after the next checkpoint; press Ctrl-C again to stop at once")
+
+        self.signal, old = None, {}
+        with contextlib.suppress(ValueError):  # signals can be caught in the main thread only
+            old = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, previous in old.items():
+                signal.signal(number, previous)
+
+    def stop_requested(self) -> bool:
+        """Whether a signal came. Several processes agree every ten steps, so that all stop at the same one."""
+        if self.args.world_size == 1:
+            return bool(self.signal)
+        if self.state.global_step % 10:
+            return False
+        flag = torch.tensor([self.signal or 0], device=self.args.device)
+        self.signal = int(self.accelerator.gather(flag).max()) or None
+        return bool(self.signal)
+
+    # ----------------------------------------------------------------------------------------------------------- plot
+
+    def draw(self) -> None:
+        """Write `<save_name>.png` (ours) and the tracker's own graphs and tables (`<save_name>_tracker...`)."""
+        self._drawn = time.monotonic()
+        if not self.is_world_process_zero() or not self.cycles():
+            return
+        member = GPA.pai_tracker.member_vars
+        improved = member["epoch_last_improved"]
+        with _library():
+            # Between a restructure and the next score it points past the scores, where save_graphs of 3.2.9 fails.
+            member["epoch_last_improved"] = min(improved, len(member["accuracies"]) - 1)
+            GPA.pai_tracker.making_graphs = True
+            GPA.pai_tracker.save_graphs("_tracker")
+            GPA.pai_tracker.making_graphs, member["epoch_last_improved"] = False, improved
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+
+        score, cycles = self.score_name.removeprefix("eval_"), self.cycles()
+        figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), width_ratios=(3, 2), layout="constrained")
+        history = [entry for entry in self.state.log_history if self.score_name in entry and "dendrites" in entry]
+        tests = [entry for entry in self.state.log_history if f"test_{score}" in entry]
+        left.plot([e["step"] for e in history], [e[self.score_name] for e in history], label=f"validation {score}")
+        if tests:
+            left.plot([e["step"] for e in tests], [e[f"test_{score}"] for e in tests], "--", label=f"test {score}")
+        for before, after in zip(history, history[1:], strict=False):
+            if after["dendrites"] != before["dendrites"]:
+                left.axvline(before["step"], color="0.5", linewidth=1)
+                left.annotate(f"+{after['dendrites']}", (before["step"], 0.02), xycoords=("data", "axes fraction"))
+        values = sorted(entry[self.score_name] for entry in history)
+        low, high = values[len(values) // 10], values[-1 - len(values) // 10]
+        margin = max(high - low, 1e-6) * 0.3
+        left.set_ylim(low - margin, max(values[-1], high) + margin if self.args.greater_is_better else high + margin)
+        left.set(xlabel="training steps", ylabel=score, title="Scores; a line where a dendrite was added")
+        left.legend()
+        error = (
+            [1 - c[f"test_{score}"] if score == "accuracy" else c[f"test_{score}"] for c in cycles] if tests else None
+        )
+        if error is None:
+            error = [c["best_validation"] for c in cycles]
+        scale, name = (100, "test error (%)") if tests and score == "accuracy" else (1, score)
+        bars = right.bar([c["dendrites"] for c in cycles], [scale * e for e in error], color="0.75", edgecolor="0.2")
+        right.bar_label(bars, [f"{scale * e:.3g}\n{c['parameters']:,}" for e, c in zip(error, cycles, strict=True)])
+        right.set(xlabel="dendrites", ylabel=name, title=f"{name} and number of parameters")
+        right.set_xticks([c["dendrites"] for c in cycles])
+        right.margins(y=0.25)
+        temporary = Path(GPA.pc.get_save_name(), ".plot.png")
+        figure.savefig(temporary, dpi=100)
+        os.replace(temporary, temporary.with_name(f"{GPA.pc.get_save_name()}.png"))
+        plt.close(figure)
