@@ -20,7 +20,7 @@ A template: to use it for another model, replace the parts marked REPLACE, keep 
 """
 
 import json
-import os
+import resource
 import shlex
 import shutil
 import sys
@@ -53,6 +53,7 @@ from perforated_trainer import (
     PerforatedTrainer,
     ignore_shared_tensors,
     perforate,
+    refuse_arguments,
 )
 
 logger = logging.get_logger(__name__)
@@ -281,6 +282,7 @@ def parse_arguments(argv=None) -> tuple[DataArguments, DendriteArguments, Traini
     values["output_dir"] = values["output_dir"] or values["save_name"]
     values["eval_steps"] = values["eval_steps"] or (10 if values["testing_dendrite_capacity"] else 500)
     values["remove_unused_columns"] = False  # our batches are whole tensors
+    refuse_arguments(values)  # before TrainingArguments finds other words for it
     try:
         return parser.parse_dict(values)
     except (ValueError, ImportError, TypeError) as error:
@@ -292,9 +294,9 @@ def fail(message: str, status: int = 2) -> int:
     return status
 
 
-def write_results(trainer: PerforatedTrainer, data_name: str, data_sizes: dict, capacity_test: bool) -> None:
+def write_results(trainer: PerforatedTrainer, folder: Path, data_name: str, sizes: dict, capacity_test: bool) -> None:
     """Write `final/`, the model and its card, then `results.json`; each whole or not at all."""
-    folder, args = Path(trainer.args.output_dir), trainer.args
+    args = trainer.args
     final = {
         "dendrites": trainer.dendrites(),
         "parameters": trainer.parameters(),
@@ -305,11 +307,11 @@ def write_results(trainer: PerforatedTrainer, data_name: str, data_sizes: dict, 
     results = {
         "stopped_by": trainer.stopped_by,
         "testing_dendrite_capacity": capacity_test,
-        "dataset": {"name": data_name, **data_sizes},
+        "dataset": {"name": data_name, **sizes},
         "metric": trainer.score_name,
         "greater_is_better": args.greater_is_better,
         "seed": args.seed,
-        "cycles": trainer.cycles(),
+        "cycles": [{key: cycle[key] for key in CYCLE} for cycle in trainer.cycles()],
         "final": final,
         "global_step": trainer.state.global_step,
         "train_seconds": round(trainer.train_seconds, 3),
@@ -324,11 +326,13 @@ def write_results(trainer: PerforatedTrainer, data_name: str, data_sizes: dict, 
     trainer.save_model(str(unfinished))
     (unfinished / "README.md").write_text(MODEL_CARD.format(data=data_name, **final))
     shutil.rmtree(folder / "final", ignore_errors=True)
-    os.replace(unfinished, folder / "final")
-    (folder / "results.json.unfinished").write_text(json.dumps(results, indent=2) + "\n")
-    os.replace(folder / "results.json.unfinished", folder / "results.json")
+    unfinished.replace(folder / "final")
+    unfinished = folder / "results.json.unfinished"
+    unfinished.write_text(json.dumps(results, indent=2) + "\n")
+    unfinished.replace(folder / "results.json")
 
 
+CYCLE = ("dendrites", "parameters", "global_step", "best_validation", "test_accuracy")
 MODEL_CARD = """---
 library_name: transformers
 pipeline_tag: image-classification
@@ -352,14 +356,19 @@ def print_results(results: dict, folder: Path) -> None:
             f"{cycle['dendrites']:9}  {cycle['parameters']:10,}  {cycle['global_step']:7,}  "
             f"{1 - cycle['best_validation']:16.2%}  {1 - cycle['test_accuracy']:10.2%}"
         )
-    final, name = results["final"], folder.name
-    print(
-        f"final: {final['dendrites']} dendrites, {final['parameters']:,} parameters, validation error "
-        f"{1 - final['validation_accuracy']:.2%}, test error {1 - final['test_accuracy']:.2%} ({results['dataset']['name']})"
-    )
-    print(f"model: {folder / 'final'}   plot: {folder / (name + '.png')}   results: {folder / 'results.json'}")
+    final = results["final"]
+    print(f"final: {final['dendrites']} dendrites, {final['parameters']:,} parameters, ", end="")
+    print(f"validation error {1 - final['validation_accuracy']:.2%}, test error {1 - final['test_accuracy']:.2%}")
+    print(f"data: {results['dataset']['name']}; stopped by {results['stopped_by']} at step {results['global_step']:,}")
+    print(f"model: {folder}/final   plot: {folder}/{folder}.png   results: {folder}/results.json")
     if results["testing_dendrite_capacity"]:
-        print("this was a test of dendrite capacity, not a training run: leave out --testing_dendrite_capacity")
+        print(f"This was a test of dendrite capacity, not a training run. Largest memory in use: {largest_memory()}")
+
+
+def largest_memory() -> str:
+    if torch.cuda.is_available():
+        return f"{torch.cuda.max_memory_allocated() / 2**20:,.0f} MiB of the GPU's"
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10:,.0f} MiB"  # Linux counts in KiB
 
 
 def run(argv=None) -> int:
@@ -368,7 +377,7 @@ def run(argv=None) -> int:
         warnings.simplefilter("ignore")
     else:
         logging.set_verbosity_debug()
-    folder = Path(training_args.output_dir)
+    folder = Path(dendrite_args.save_name)
     if training_args.resume_from_checkpoint and (folder / "results.json").is_file():
         results = json.loads((folder / "results.json").read_text())
         if results["stopped_by"] == "tracker":
@@ -400,10 +409,10 @@ def run(argv=None) -> int:
     # ---------------------------------------------------------------------------------------------------- DENDRITES end
 
     if trainer.stopped_by == "signal":
-        command = f"{Path(sys.argv[0]).name} ... --resume_from_checkpoint true"
-        trainer.say(f"stopped at step {trainer.state.global_step:,}; to go on, the same command with: {command}")
+        command = shlex.join(["python", *sys.argv, "--resume_from_checkpoint", "true"])
+        trainer.say(f"stopped at step {trainer.state.global_step:,} with a checkpoint; to go on: {command}")
         return 128 + trainer.signal
-    write_results(trainer, data_name, sizes, dendrite_args.testing_dendrite_capacity)
+    write_results(trainer, folder, data_name, sizes, dendrite_args.testing_dendrite_capacity)
     if training_args.process_index == 0:
         print_results(json.loads((folder / "results.json").read_text()), folder)
     return 0
@@ -415,6 +424,8 @@ def main(argv=None) -> int:
         return run(argv)
     except PerforatedError as error:
         return fail(str(error), error.exit_status)
+    except OSError as error:
+        return fail(f"{error}", 1)
     except KeyboardInterrupt:
         return fail("interrupted", 130)
     finally:

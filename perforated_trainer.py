@@ -19,11 +19,13 @@ import contextlib
 import hashlib
 import inspect
 import io
+import itertools
 import json
 import math
 import os
 import pdb
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -56,6 +58,7 @@ with contextlib.redirect_stdout(io.StringIO()):  # the package prints which vari
 
 logger = logging.get_logger(__name__)
 
+RUN = "run.json"  # marks the folder of a run
 MANIFEST = "perforated.json"  # written last: a checkpoint without it is unfinished
 DEPLOYED = "deployed"  # the clean model inside a checkpoint
 WEIGHTS = "model.safetensors"
@@ -145,6 +148,22 @@ def _library(stream=None):
             logger.debug(said.text)
 
 
+@contextlib.contextmanager
+def _writing_to(folder):
+    """Say in one line what a full disk or a folder without permission means for the run."""
+    try:
+        yield
+    except (OSError, safetensors.SafetensorError, RuntimeError) as error:
+        # torch.save reports a full disk as a RuntimeError of its zip writer
+        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+            raise
+        raise PerforatedError(
+            f"cannot write to {folder}: {error}. Checkpoints written before are still good: make room, then go on with "
+            "--resume_from_checkpoint true",
+            exit_status=1,
+        ) from error
+
+
 def ignore_shared_tensors() -> None:
     """Let safetensors write tensors that are whole aliases of one another, such as tied weights.
 
@@ -166,21 +185,32 @@ def ignore_shared_tensors() -> None:
     safetensors.torch._find_shared_tensors = find_partly_shared_tensors
 
 
+def refuse_arguments(values: dict) -> None:
+    """Raise PerforatedError for values of TrainingArguments that cannot go with dendrites."""
+    for argument, reason in REFUSED.items():
+        if values.get(argument):
+            raise PerforatedError(f"--{argument} does not go with dendrites: {reason}")
+    if values["eval_strategy"] == "no":
+        raise PerforatedError("--eval_strategy no: dendrites are added by validation scores; use steps or epoch")
+    if values["save_strategy"] == "best":
+        raise PerforatedError("--save_strategy best: the tracker keeps the best model; use steps, epoch or no")
+
+
 def _claim_run_folder(dendrite_args: DendriteArguments, training_args: TrainingArguments) -> None:
-    """Refuse a folder that is not free, or clear it where the user said so."""
+    """Refuse a folder that is not free, clear it where the user said so, and mark it as the folder of a run."""
     name = dendrite_args.save_name
     for folder in {Path(name).resolve(), Path(training_args.output_dir).resolve()}:
-        if not folder.is_dir() or not any(folder.iterdir()) or training_args.resume_from_checkpoint:
-            continue
-        ours = [f"{name}_config.json", "best_model.pt", "results.json", "checkpoint-*"]
-        if not any(any(folder.glob(pattern)) for pattern in ours):
-            raise PerforatedError(f"{folder} is not empty and holds no run: choose another --save_name")
-        if not dendrite_args.overwrite_run:
-            raise PerforatedError(
-                f"{folder} already holds a run: --resume_from_checkpoint true goes on with it, --overwrite_run "
-                "replaces it, another --save_name keeps both"
-            )
-        shutil.rmtree(folder)
+        if folder.is_dir() and any(folder.iterdir()) and not training_args.resume_from_checkpoint:
+            if not (folder / RUN).is_file():
+                raise PerforatedError(f"{folder} is not empty and holds no run: choose another --save_name")
+            if not dendrite_args.overwrite_run:
+                raise PerforatedError(
+                    f"{folder} already holds a run: --resume_from_checkpoint true goes on with it, --overwrite_run "
+                    "replaces it, another --save_name keeps both"
+                )
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / RUN).write_text(json.dumps({"command": shlex.join(sys.argv)}) + "\n")
     # The library would take every setting that is not set here from an older run's file.
     Path(name, f"{name}_config.json").unlink(missing_ok=True)
 
@@ -196,15 +226,12 @@ def perforate(
     name = dendrite_args.save_name
     if not re.fullmatch(r"[\w.-]*\w[\w.-]*", name):
         raise PerforatedError(f"--save_name {name!r}: use letters, digits, '_', '-' and '.', no path separator")
-    for argument, reason in REFUSED.items():
-        if getattr(training_args, argument, None):
-            raise PerforatedError(f"--{argument} does not go with dendrites: {reason}")
-    if training_args.eval_strategy == "no":
-        raise PerforatedError("--eval_strategy no: dendrites are added by validation scores; use steps or epoch")
-    if training_args.save_strategy == "best":
-        raise PerforatedError("--save_strategy best: the tracker keeps the best model; use steps, epoch or no")
+    refuse_arguments(vars(training_args))
     if not training_args.metric_for_best_model:
         raise PerforatedError("--metric_for_best_model is needed: it decides when a dendrite is added")
+    if training_args.lr_scheduler_type == "reduce_lr_on_plateau":  # PyTorch takes lower as better for any metric
+        mode = {"mode": "max" if training_args.greater_is_better else "min"}
+        training_args.lr_scheduler_kwargs = mode | (training_args.lr_scheduler_kwargs or {})
     if training_args.n_gpu > 1:
         # transformers 5.23 has no public way to use one of several visible GPUs; nn.DataParallel, its default there,
         # is refused by the tracker.
@@ -261,7 +288,7 @@ def load_perforated_model(model_class: type[PreTrainedModel], folder: str | os.P
     """Load a model with dendrites from `final/` or from a checkpoint of a run that still trains.
 
     Gives `model_class` in evaluation mode on the CPU, with the trained model's logits to the last bit. Reads
-    `config.json` and `model.safetensors`, no pickle, and needs no tracker. Raises PerforatedError where they are missing.
+    `config.json` and `model.safetensors`, no pickle, needs no tracker. Raises PerforatedError where they are missing.
     """
     folder = Path(folder)
     folder = folder / DEPLOYED if (folder / DEPLOYED).is_dir() else folder
@@ -361,7 +388,7 @@ class PerforatedTrainer(Trainer):
     """
 
     def __init__(self, *args, test_dataset=None, **kwargs):
-        if "using_perforatedai" in inspect.signature(Trainer.__init__).parameters:  # Perforated AI's fork
+        if "using_perforatedai" in inspect.signature(super().__init__).parameters:  # Perforated AI's fork
             kwargs["using_perforatedai"] = False
         super().__init__(*args, **kwargs)
         if GPA.pai_tracker == []:
@@ -373,7 +400,7 @@ class PerforatedTrainer(Trainer):
         self.score_name = metric if metric.startswith("eval_") else f"eval_{metric}"
         self.stopped_by, self.train_seconds, self.cycle_ended, self.complete = None, 0.0, False, False
         self.signal = None
-        self._parameters = {}
+        self._parameters, self._drawn = {}, 0.0
         for callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
         self.add_callback(_DendriteCallback(self))
@@ -393,7 +420,7 @@ class PerforatedTrainer(Trainer):
         self.save_total_limit = limit
         self.complete, output = False, None
         try:
-            with self._signals(), _library(stream=sys.stdout):
+            with self._signals(), _library(stream=sys.stdout), _writing_to(self.args.output_dir):
                 while True:
                     self._clock = time.monotonic()
                     if checkpoint:
@@ -408,15 +435,6 @@ class PerforatedTrainer(Trainer):
                     if self.signal or not self.cycle_ended or self.complete:
                         break
                     checkpoint = self.checkpoint_folder()
-        except (OSError, safetensors.SafetensorError, RuntimeError) as error:
-            # torch.save reports a full disk as a RuntimeError of its zip writer
-            if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
-                raise
-            raise PerforatedError(
-                f"cannot write to {self.args.output_dir}: {error}. Checkpoints written before are still good: free "
-                "the disk, then go on with --resume_from_checkpoint true",
-                exit_status=1,
-            ) from error
         finally:
             self.args.save_total_limit = limit
         self.stopped_by = "tracker" if self.complete else "signal" if self.signal else "max_steps"
@@ -476,7 +494,7 @@ class PerforatedTrainer(Trainer):
                 )
         restructured, self.complete = broadcast_object_list(decision)
         self.cycle_ended = restructured or self.complete
-        if self.cycle_ended or time.monotonic() - getattr(self, "_drawn", 0) > 60:
+        if self.cycle_ended or time.monotonic() - self._drawn > 60:
             self.draw()
 
     # ---------------------------------------------------------------------------------------------- what there is now
@@ -503,19 +521,17 @@ class PerforatedTrainer(Trainer):
         return (max if self.args.greater_is_better else min)(scores, default=float("nan"))
 
     def cycles(self) -> list[dict]:
-        """For each number of dendrites: parameters, the best validation score, its step and its test score."""
+        """For each number of dendrites: parameters, the best validation score, its step and its test scores."""
         sign = 1 if self.args.greater_is_better else -1
-        score = self.score_name.removeprefix("eval_")
-        best, test = {}, None
+        best, test = {}, {}
         for entry in self.state.log_history:
-            test = entry.get(f"test_{score}", test)
-            if "dendrites" in entry and self.score_name in entry:
-                cycle = {"dendrites": entry["dendrites"], "parameters": entry["parameters"]}
-                cycle |= {"global_step": entry["step"], "best_validation": entry[self.score_name]}
-                cycle |= {f"test_{score}": test} if test is not None else {}
-                old = best.get(cycle["dendrites"])
-                if old is None or sign * cycle["best_validation"] > sign * old["best_validation"]:
-                    best[cycle["dendrites"]] = cycle
+            if any(name.startswith("test_") for name in entry):
+                test = {name: value for name, value in entry.items() if name.startswith("test_")}
+            elif self.score_name in entry and "dendrites" in entry:
+                score, old = entry[self.score_name], best.get(entry["dendrites"])
+                if old is None or sign * score > sign * old["best_validation"]:
+                    cycle = {"dendrites": entry["dendrites"], "parameters": entry["parameters"]}
+                    best[entry["dendrites"]] = cycle | {"global_step": entry["step"], "best_validation": score} | test
         return [best[dendrites] for dendrites in sorted(best)]
 
     def say(self, line: str) -> None:
@@ -532,18 +548,20 @@ class PerforatedTrainer(Trainer):
     def save_model(self, output_dir=None, _internal_call=False):
         """Write the model without scaffolding. For checkpoints (`_internal_call`): all that training needs of it."""
         folder = Path(output_dir or self.args.output_dir)
+        if _internal_call:
+            if self.args.should_save:
+                shutil.rmtree(folder, ignore_errors=True)  # left unfinished by a run that was killed
+            self.accelerator.wait_for_everyone()  # before other processes write their random state there
         if not self.args.should_save:
             return
-        if not _internal_call:
-            self.deployed_model().save_pretrained(folder)
-        else:
-            shutil.rmtree(folder, ignore_errors=True)
-            with _library():
-                UPA.save_system(self.model, str(folder), "system")
-            os.replace(folder / "system.pt", folder / WEIGHTS)
-            self.deployed_model().save_pretrained(folder / DEPLOYED)
-        if self.processing_class is not None:
-            self.processing_class.save_pretrained(folder)
+        with _writing_to(folder):
+            if _internal_call:
+                with _library():
+                    UPA.save_system(self.model, str(folder), "system")
+                (folder / "system.pt").replace(folder / WEIGHTS)
+            self.deployed_model().save_pretrained(folder / DEPLOYED if _internal_call else folder)
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(folder)
 
     def complete_checkpoint(self) -> None:
         """Finish what `Trainer` wrote: after the manifest the checkpoint counts, before it does not."""
@@ -569,7 +587,7 @@ class PerforatedTrainer(Trainer):
             }
             temporary = folder / f"{MANIFEST}.tmp"
             temporary.write_text(json.dumps(manifest, indent=1))
-            os.replace(temporary, folder / MANIFEST)
+            temporary.replace(folder / MANIFEST)
             self._prune_checkpoints()
         self.accelerator.wait_for_everyone()
 
@@ -705,35 +723,36 @@ class PerforatedTrainer(Trainer):
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
 
-        score, cycles = self.score_name.removeprefix("eval_"), self.cycles()
+        cycles, score = self.cycles(), self.score_name.removeprefix("eval_")
+        percent = score == "accuracy"  # drawn as an error
+
+        def value(number):
+            return 100 * (1 - number) if percent else number
+
+        unit = "error (%)" if percent else score
         figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), width_ratios=(3, 2), layout="constrained")
-        history = [entry for entry in self.state.log_history if self.score_name in entry and "dendrites" in entry]
-        tests = [entry for entry in self.state.log_history if f"test_{score}" in entry]
-        left.plot([e["step"] for e in history], [e[self.score_name] for e in history], label=f"validation {score}")
-        if tests:
-            left.plot([e["step"] for e in tests], [e[f"test_{score}"] for e in tests], "--", label=f"test {score}")
-        for before, after in zip(history, history[1:], strict=False):
+        validation = [e for e in self.state.log_history if self.score_name in e and "dendrites" in e]
+        test = [e for e in self.state.log_history if f"test_{score}" in e]
+        for entries, name, style in ((validation, self.score_name, "-"), (test, f"test_{score}", "--")):
+            label = "validation" if entries is validation else "test"
+            left.plot([e["step"] for e in entries], [value(e[name]) for e in entries], style, label=label)
+        for before, after in itertools.pairwise(validation):
             if after["dendrites"] != before["dendrites"]:
-                left.axvline(before["step"], color="0.5", linewidth=1)
-                left.annotate(f"+{after['dendrites']}", (before["step"], 0.02), xycoords=("data", "axes fraction"))
-        values = sorted(entry[self.score_name] for entry in history)
-        low, high = values[len(values) // 10], values[-1 - len(values) // 10]
-        margin = max(high - low, 1e-6) * 0.3
-        left.set_ylim(low - margin, max(values[-1], high) + margin if self.args.greater_is_better else high + margin)
-        left.set(xlabel="training steps", ylabel=score, title="Scores; a line where a dendrite was added")
+                left.axvline(before["step"], color="0.6", linewidth=1)
+                left.annotate(f" {after['dendrites']}", (before["step"], 0.95), xycoords=("data", "axes fraction"))
+        values = sorted(value(e[self.score_name]) for e in validation)
+        low, high = values[0], values[len(values) * 9 // 10]  # the first steps would flatten the rest
+        left.set_ylim(low - 0.2 * (high - low) - 1e-6, high + 0.6 * (high - low) + 1e-6)
+        left.set(xlabel="training steps", ylabel=unit, title="A line where a dendrite was added to each layer")
         left.legend()
-        error = (
-            [1 - c[f"test_{score}"] if score == "accuracy" else c[f"test_{score}"] for c in cycles] if tests else None
-        )
-        if error is None:
-            error = [c["best_validation"] for c in cycles]
-        scale, name = (100, "test error (%)") if tests and score == "accuracy" else (1, score)
-        bars = right.bar([c["dendrites"] for c in cycles], [scale * e for e in error], color="0.75", edgecolor="0.2")
-        right.bar_label(bars, [f"{scale * e:.3g}\n{c['parameters']:,}" for e, c in zip(error, cycles, strict=True)])
-        right.set(xlabel="dendrites", ylabel=name, title=f"{name} and number of parameters")
-        right.set_xticks([c["dendrites"] for c in cycles])
-        right.margins(y=0.25)
-        temporary = Path(GPA.pc.get_save_name(), ".plot.png")
+        name = f"test_{score}" if test else "best_validation"
+        heights, dendrites = [value(cycle[name]) for cycle in cycles], [cycle["dendrites"] for cycle in cycles]
+        bars = right.bar(dendrites, heights, color="0.8", edgecolor="0.2")
+        right.bar_label(bars, [f"{h:.3g}\n{c['parameters']:,}" for h, c in zip(heights, cycles, strict=True)])
+        title = f"{'Test' if test else 'Validation'} {unit}, and parameters"
+        right.set(xlabel="dendrites in each layer", ylabel=unit, title=title, xticks=dendrites)
+        right.margins(y=0.2)
+        temporary = Path(GPA.pc.get_save_name(), "plot.unfinished.png")
         figure.savefig(temporary, dpi=100)
-        os.replace(temporary, temporary.with_name(f"{GPA.pc.get_save_name()}.png"))
+        temporary.replace(temporary.with_name(f"{GPA.pc.get_save_name()}.png"))
         plt.close(figure)

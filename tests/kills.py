@@ -18,10 +18,8 @@ from pathlib import Path
 
 SCRIPT = Path(__file__).parent.parent / "mnist_huggingface_perforatedai.py"
 # Small, but with at least two restructures: an evaluation takes about as long as the steps between two.
-FLAGS = (
-    "--max_train_samples 1000 --max_eval_samples 200 --eval_steps 20 --save_steps 30 --logging_steps 20 "
-    "--per_device_train_batch_size 32 --n_epochs_to_switch 3 --max_dendrites 2 --save_name run"
-).split()
+FLAGS = "--max_train_samples 1000 --max_eval_samples 200 --eval_steps 20 --save_steps 30 --logging_steps 20".split()
+FLAGS += "--per_device_train_batch_size 32 --n_epochs_to_switch 3 --max_dendrites 2 --save_name run".split()
 
 
 def start(folder: Path, *flags: str) -> subprocess.Popen:

