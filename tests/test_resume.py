@@ -182,7 +182,7 @@ def test_a_write_that_fails(script, small, begun, capfd, monkeypatch, name, code
 
     def failing(original, place):
         def write(*args, **kwargs):
-            path, reading = str(args[place]), place == 0 and (args + ("r",))[1][0] == "r"
+            path, reading = str(args[place]), place == 0 and [*args, "r"][1][0] == "r"
             if path.endswith(name) and "checkpoint-" in path and not reading:
                 raise OSError(code, "injected", path)
             return original(*args, **kwargs)

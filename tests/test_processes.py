@@ -1,0 +1,142 @@
+"""Several processes, less than full precision, and the Trainer's other flags through restructures."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import kills
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+RESUME = ["--resume_from_checkpoint", "true"]
+
+
+def torchrun(folder, script, *flags, processes=2):
+    """Start `script` with torch's launcher on the CPU; output to log.txt."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    with open(folder / "log.txt", "a") as log:
+        return subprocess.Popen(
+            [*command, str(script), *flags], cwd=folder, stdout=log, stderr=log, env=environment, start_new_session=True
+        )
+
+
+FLAGS = [*kills.FLAGS, "--use_cpu", "--per_device_train_batch_size", "16"]
+
+
+@pytest.fixture(scope="session")
+def two(tmp_path_factory):
+    """Folder in which a small run of the script with two processes has ended."""
+    folder = tmp_path_factory.mktemp("two")
+    assert torchrun(folder, ROOT / "tests" / "hashing.py", *FLAGS).wait(120) == 0, (folder / "log.txt").read_text()
+    return folder
+
+
+def test_two_processes_go_through_restructures(two):
+    result, _ = kills.outcome(two)
+    assert result["stopped_by"] == "tracker" and [cycle["dendrites"] for cycle in result["cycles"]] == [0, 1, 2]
+
+
+def test_only_one_process_speaks_and_all_end_cleanly(two):
+    log = (two / "log.txt").read_text()
+    assert log.count("0 -> 1 dendrites") == log.count("final: ") == log.count("cannot be reached") == 1
+    assert not re.search("Warning|warning|Traceback|process group|NCCL", log), log
+
+
+def test_all_processes_hold_the_same_parameters(two):
+    hashes = {}
+    for rank in (0, 1):
+        hashes[rank] = json.loads((two / f"hashes-{rank}.json").read_text())
+    steps = kills.outcome(two)[0]["global_step"]
+    assert hashes[0] == hashes[1] and len(hashes[0]) >= steps + 4  # each step, three cycles at least, and the end
+
+
+def test_two_processes_are_killed_and_resume(two, tmp_path):
+    process = torchrun(tmp_path, ROOT / "mnist_huggingface_perforatedai.py", *FLAGS)
+    deadline = time.monotonic() + 120
+    while "0 -> 1 dendrites" not in (tmp_path / "log.txt").read_text() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert torchrun(tmp_path, ROOT / "mnist_huggingface_perforatedai.py", *FLAGS, *RESUME).wait(120) == 0
+    assert kills.outcome(tmp_path) == kills.outcome(two)
+
+
+def test_when_one_process_dies_the_other_ends(tmp_path):
+    process = torchrun(tmp_path, ROOT / "tests" / "hashing.py", *FLAGS, "--run_name", "rank 1 dies")
+    assert process.wait(120) != 0
+
+
+def test_a_signal_to_the_launcher_saves_a_checkpoint(tmp_path):
+    process = torchrun(tmp_path, ROOT / "mnist_huggingface_perforatedai.py", *FLAGS, "--n_epochs_to_switch", "1000")
+    deadline = time.monotonic() + 120
+    while "evaluations since" not in (tmp_path / "log.txt").read_text() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGTERM)
+    process.wait(60)
+    assert "with a checkpoint; to go on" in (tmp_path / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("samples", [101, 150])
+def test_scores_do_not_depend_on_the_number_of_processes(tmp_path, samples):
+    scores = []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        script = ROOT / "tests" / "scores.py"
+        assert torchrun(folder, script, str(samples), str(64 // processes), processes=processes).wait(120) == 0
+        scores.append(json.loads((folder / "scores.json").read_text()))
+    for name in ("eval_loss", "eval_accuracy"):
+        assert scores[0][name] == pytest.approx(scores[1][name], abs=1e-5), name
+    assert scores[0]["losses"] == pytest.approx(scores[1]["losses"], abs=1e-5)
+
+
+# A row of README's table each: flags that work through a restructure ...
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--gradient_accumulation_steps 2",
+        "--bf16 --use_cpu",
+        "--torch_compile",
+        "--dataloader_num_workers 2",
+        "--lr_scheduler_type linear --max_steps 90",
+        "--eval_on_start",
+        "--optim adafactor",
+    ],
+)
+def test_flags_that_work(script, small, tmp_path, flags):
+    assert script([*small, "--n_epochs_to_switch", "1", "--max_dendrites", "1", *flags.split()]) == 0
+    result = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert 1 in [cycle["dendrites"] for cycle in result["cycles"]]
+
+
+# ... and flags that are refused.
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--fp16 --use_cpu", "--fp16 needs a GPU"),
+        ("--activation_checkpointing", "does not support it"),
+        ("--gradient_checkpointing", "does not support it"),
+        ("--train_sampling_strategy group_by_length", "are for text"),
+        ("--neftune_noise_alpha 5", "are for text"),
+        ("--fsdp", "DistributedDataParallel"),
+        ("--deepspeed x.json", "DistributedDataParallel"),
+    ],
+)
+def test_flags_that_are_refused(script, small, capfd, flags, message):
+    assert script([*small, *flags.split()]) == 2
+    error = [line for line in capfd.readouterr().err.splitlines() if "cannot be reached" not in line]
+    assert len(error) == 1 and message in error[0], error
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("flags", ["--bf16", "--fp16", "--torch_compile", ""])
+def test_on_a_gpu(script, small, tmp_path, flags):
+    assert script([*small, *flags.split()]) == 0
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["stopped_by"] == "tracker"
