@@ -216,6 +216,15 @@ def _claim_run_folder(dendrite_args: DendriteArguments, training_args: TrainingA
     Path(name, f"{name}_config.json").unlink(missing_ok=True)
 
 
+def _delete_second_body(model: PreTrainedModel) -> None:
+    """Delete a registered `base_model`: a second name by which the body would be trained, counted and saved twice.
+
+    Where `base_model` is only the read-only property of transformers, nothing is registered and nothing is done.
+    """
+    if any(module == "base_model" for module, _ in model.named_modules(remove_duplicate=False)):
+        del model.base_model
+
+
 def perforate(
     model: PreTrainedModel, dendrite_args: DendriteArguments, training_args: TrainingArguments
 ) -> PreTrainedModel:
@@ -282,10 +291,7 @@ def perforate(
                 making_graphs=False,  # drawn by PerforatedTrainer, when it is worth the time
                 maximizing_score=bool(training_args.greater_is_better),
             )
-    # A second registered name for the body would be trained, counted and saved twice. Where `base_model` is only the
-    # read-only property of transformers, nothing is registered and nothing is done.
-    if any(module == "base_model" for module, _ in model.named_modules(remove_duplicate=False)):
-        del model.base_model
+    _delete_second_body(model)
     return model.to(training_args.device)
 
 
@@ -301,6 +307,7 @@ def load_perforated_model(model_class: type[PreTrainedModel], folder: str | os.P
         if not (folder / name).is_file():
             raise PerforatedError(f"{folder} holds no model: {name} is missing")
     model = model_class(model_class.config_class.from_pretrained(folder))
+    _delete_second_body(model)
     with _library():
         return NPA.load_pai_model(model, str(folder / WEIGHTS)).eval()
 

@@ -1,4 +1,4 @@
-"""The script, writing down a hash of this process's parameters at the start of each cycle, after each step and at the end."""
+"""The script, writing down a hash of this process's parameters at each start of a cycle, each step and at the end."""
 
 import hashlib
 import json

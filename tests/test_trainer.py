@@ -1,0 +1,154 @@
+"""The classes of perforated_trainer beyond what the script uses."""
+
+import pdb
+
+import pytest
+import safetensors.torch
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments
+from transformers.modeling_outputs import ImageClassifierOutput
+
+import perforated_trainer
+from mnist_huggingface_perforatedai import MnistCnnConfig, MnistCnnForImageClassification, compute_metrics
+from perforated_trainer import DendriteArguments, PerforatedError, PerforatedTrainer, ignore_shared_tensors, perforate
+
+
+@pytest.fixture
+def arguments(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return TrainingArguments(
+        output_dir="PAI",
+        use_cpu=True,
+        eval_strategy="steps",
+        eval_steps=2,
+        max_steps=8,
+        logging_steps=2,
+        metric_for_best_model="accuracy",
+        remove_unused_columns=False,
+        report_to="none",
+    )
+
+
+def rows(count=64):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(count, 1, 28, 28, generator=generator)
+    return [{"pixel_values": image, "labels": index % 10} for index, image in enumerate(images)]
+
+
+def trainer_for(model, arguments, cls=PerforatedTrainer, **kwargs):
+    data = {"train_dataset": rows(), "eval_dataset": rows(20)}
+    return cls(model=model, args=arguments, compute_metrics=compute_metrics, **data, **kwargs)
+
+
+def test_whole_aliases_are_written_and_partial_overlaps_are_not(tmp_path):
+    private = safetensors.torch._find_shared_tensors  # the private function that the override takes the place of
+    weight = torch.arange(6.0)
+    try:
+        with pytest.raises(RuntimeError, match="share memory"):
+            safetensors.torch.save_file({"a": weight, "b": weight.view(6)}, tmp_path / "x")
+        ignore_shared_tensors()
+        ignore_shared_tensors()
+        safetensors.torch.save_file({"a": weight, "b": weight.view(6)}, tmp_path / "x")
+        assert torch.equal(safetensors.torch.load_file(tmp_path / "x")["b"], weight)
+        for other in (weight[:3], weight[1:], weight.view(2, 3)):
+            with pytest.raises(RuntimeError, match="share memory"):
+                safetensors.torch.save_file({"a": weight, "b": other}, tmp_path / "x")
+    finally:
+        safetensors.torch._find_shared_tensors = private
+
+
+class TwoNamesConfig(PreTrainedConfig):
+    model_type = "two_names"
+
+
+class TwoNames(PreTrainedModel):
+    """A model that registers its body under a second name."""
+
+    config_class = TwoNamesConfig
+    base_model_prefix = "body"
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.body = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 10))
+        self.base_model = self.body
+        self.post_init()
+
+    def forward(self, pixel_values, labels=None):
+        logits = self.body(pixel_values)
+        return ImageClassifierOutput(loss=torch.nn.functional.cross_entropy(logits, labels), logits=logits)
+
+
+def test_a_second_name_for_the_body_is_deleted(arguments):
+    model = TwoNames(TwoNamesConfig())
+    assert "base_model" in dict(model.named_modules(remove_duplicate=False))
+    model = perforate(model, DendriteArguments(testing_dendrite_capacity=True), arguments)
+    assert "base_model" not in dict(model.named_modules(remove_duplicate=False))
+    trainer = trainer_for(model, arguments)
+    assert trainer.parameters() == 7850
+    trainer.train()
+    assert trainer.dendrites() == 3 and trainer.stopped_by == "tracker"
+    trainer.save_model("saved")
+    reloaded = perforated_trainer.load_perforated_model(TwoNames, "saved")
+    images = torch.randn(4, 1, 28, 28)
+    labels = torch.zeros(4, dtype=torch.int64)
+    assert torch.equal(reloaded(images, labels).logits, model.eval()(images, labels).logits)
+
+
+def test_the_read_only_property_is_left_alone(arguments):
+    model = perforate(MnistCnnForImageClassification(MnistCnnConfig()), DendriteArguments(), arguments)
+    assert model.base_model is model
+
+
+def test_a_call_to_the_debugger_becomes_an_error_with_the_librarys_message(arguments):
+    class Wide(MnistCnnForImageClassification):
+        """Its linear layers give three dimensions, which the library must be told: it prints that and calls pdb."""
+
+        def forward(self, pixel_values, labels=None):
+            images = self.features(pixel_values).flatten(1).unsqueeze(1).expand(-1, 3, -1)
+            logits = self.classifier(images).mean(1)
+            return ImageClassifierOutput(loss=torch.nn.functional.cross_entropy(logits, labels), logits=logits)
+
+    original = pdb.set_trace
+    trainer = trainer_for(perforate(Wide(MnistCnnConfig()), DendriteArguments(), arguments), arguments)
+    with pytest.raises(PerforatedError, match="this_output_dimensions"):
+        trainer.train()
+    assert pdb.set_trace is original
+
+
+def test_on_the_fork_the_trainers_own_steps_are_off(arguments):
+    seen = []
+
+    class Fork(Trainer):
+        def __init__(self, *args, using_perforatedai=True, **kwargs):
+            seen.append(using_perforatedai)
+            super().__init__(*args, **kwargs)
+
+    class OnFork(PerforatedTrainer, Fork):
+        """PerforatedTrainer where the next class is the fork's Trainer."""
+
+    model = perforate(MnistCnnForImageClassification(MnistCnnConfig()), DendriteArguments(), arguments)
+    trainer_for(model, arguments, cls=OnFork).train()
+    assert seen == [False]
+
+
+def test_an_optimizer_of_the_old_network_is_refused(arguments):
+    model = perforate(MnistCnnForImageClassification(MnistCnnConfig()), DendriteArguments(), arguments)
+    with pytest.raises(PerforatedError, match="optimizer_cls_and_kwargs"):
+        trainer_for(model, arguments, optimizers=(torch.optim.SGD(model.parameters()), None))
+    trainer_for(model, arguments, optimizer_cls_and_kwargs=(torch.optim.SGD, {"lr": 0.1})).train()
+
+
+def test_the_schedule_follows_the_metric(arguments):
+    arguments.lr_scheduler_type = "reduce_lr_on_plateau"
+    model = perforate(MnistCnnForImageClassification(MnistCnnConfig()), DendriteArguments(), arguments)
+    trainer = trainer_for(model, arguments)
+    trainer.train()
+    assert trainer.lr_scheduler.mode == "max"
+
+
+def test_private_names_that_are_used_exist(arguments):
+    """accelerate's mark (1.15) and the Trainer's number of GPUs (transformers 5.23), see the comments at their uses."""
+    model = perforate(MnistCnnForImageClassification(MnistCnnConfig()), DendriteArguments(), arguments)
+    trainer = trainer_for(model, arguments)
+    trainer.evaluate()
+    assert model._is_accelerate_prepared is True and arguments._n_gpu == arguments.n_gpu
