@@ -239,6 +239,8 @@ def perforate(
     refuse_arguments(vars(training_args))
     if training_args.activation_checkpointing and not model.supports_gradient_checkpointing:
         raise PerforatedError(f"--activation_checkpointing: {type(model).__name__} does not support it")
+    if training_args.device.type == "xla":
+        raise PerforatedError("TPUs are not supported; use DistributedDataParallel on GPUs or CPUs: torchrun")
     if training_args.fp16 and training_args.device.type == "cpu":
         raise PerforatedError("--fp16 needs a GPU and would be ignored; on the CPU use --bf16 --use_cpu")
     if not training_args.metric_for_best_model:

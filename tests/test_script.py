@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+import shlex
 import shutil
 import struct
 import subprocess
@@ -256,6 +257,41 @@ def test_validation_is_the_same_for_every_seed_and_apart_from_training():
     assert torch.equal(validation.images, load_data(DataArguments())[2].images)
     parts = [{image.numpy().tobytes() for image in part.images} for part in (train, validation, test)]
     assert not parts[0] & parts[1] and not parts[0] & parts[2] and not parts[1] & parts[2]
+
+
+def write_image_dataset(folder, size=28):
+    import datasets
+
+    features = datasets.Features({"picture": datasets.Image(), "digit": datasets.ClassLabel(names=list("0123456789"))})
+    for part in ("train", "test"):
+        pictures = torch.randint(256, (40, size, size), dtype=torch.uint8).numpy()
+        rows = {"picture": list(pictures), "digit": [number % 10 for number in range(40)]}
+        (folder / "data").mkdir(parents=True, exist_ok=True)
+        table = datasets.Dataset.from_dict(rows, features=features)
+        table.to_parquet(folder / "data" / f"{part}-00000-of-00001.parquet")
+            folder / "data" / f"{part}-00000-of-00001.parquet"
+        )
+
+
+def test_any_image_dataset_in_the_hubs_form(tmp_path):
+    from mnist_huggingface_perforatedai import DataArguments, load_data
+    from perforated_trainer import PerforatedError
+
+    write_image_dataset(tmp_path / "own")
+    name, train, validation, test = load_data(DataArguments(dataset_name=str(tmp_path / "own")))
+    assert name.endswith("own") and (len(train), len(validation), len(test)) == (36, 4, 40)
+    assert train.images.shape == (36, 1, 28, 28) and set(test.labels.tolist()) == set(range(10))
+    write_image_dataset(tmp_path / "large", size=32)
+    with pytest.raises(PerforatedError, match="28x28 grey ones are needed"):
+        load_data(DataArguments(dataset_name=str(tmp_path / "large")))
+
+
+def test_a_terminal_shows_a_bar_and_is_never_asked(tmp_path):
+    command = shlex.join([sys.executable, str(SCRIPT), *kills.FLAGS, "--max_steps", "15"])
+    program = f"import pty, sys; sys.exit(pty.spawn(['sh', '-c', 'stty cols 150; ' + {command!r}]) >> 8)"
+    shown = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True)
+    output = shown.stdout.decode()
+    assert shown.returncode == 0 and "best=" in output and "dendrites=0" in output and "results.json" in output, output
 
 
 # ----------------------------------------------------------------------------------------------------------- bad input
