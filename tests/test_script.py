@@ -269,8 +269,6 @@ def write_image_dataset(folder, size=28):
         (folder / "data").mkdir(parents=True, exist_ok=True)
         table = datasets.Dataset.from_dict(rows, features=features)
         table.to_parquet(folder / "data" / f"{part}-00000-of-00001.parquet")
-            folder / "data" / f"{part}-00000-of-00001.parquet"
-        )
 
 
 def test_any_image_dataset_in_the_hubs_form(tmp_path):
@@ -288,7 +286,7 @@ def test_any_image_dataset_in_the_hubs_form(tmp_path):
 
 def test_a_terminal_shows_a_bar_and_is_never_asked(tmp_path):
     command = shlex.join([sys.executable, str(SCRIPT), *kills.FLAGS, "--max_steps", "15"])
-    program = f"import pty, sys; sys.exit(pty.spawn(['sh', '-c', 'stty cols 150; ' + {command!r}]) >> 8)"
+    program = f"import pty, sys; sys.exit(pty.spawn(['sh', '-c', 'stty cols 150 rows 40; ' + {command!r}]) >> 8)"
     shown = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True)
     output = shown.stdout.decode()
     assert shown.returncode == 0 and "best=" in output and "dendrites=0" in output and "results.json" in output, output
@@ -377,3 +375,10 @@ def test_a_loss_that_is_not_finite_ends_the_run(script, small, tmp_path, capfd):
     error = capfd.readouterr().err.strip().splitlines()[-1]
     assert "became nan at step" in error or "became inf at step" in error
     assert not list((tmp_path / "broken").glob("checkpoint-*")), "no checkpoint of a broken network"
+
+
+def test_the_readmes_table_is_that_of_the_stored_results():
+    readme, stored = (ROOT / "README.md").read_text(), ROOT / "benchmarks" / "results" / "mnist_seed42.json"
+    for cycle in json.loads(stored.read_text())["cycles"]:
+        errors = f"{1 - cycle['best_validation']:.2%} | {1 - cycle['test_accuracy']:.2%}"
+        assert f"| {cycle['dendrites']} | {cycle['parameters']:,} | {cycle['global_step']:,} | {errors} |" in readme
