@@ -53,6 +53,7 @@ from perforated_trainer import (
     PerforatedError,
     PerforatedTrainer,
     ignore_shared_tensors,
+    is_resumed,
     perforate,
     refuse_arguments,
 )
@@ -389,7 +390,7 @@ def run(argv=None) -> int:
         warnings.simplefilter("default")
         logging.set_verbosity_debug()
     folder = Path(dendrite_args.save_name)
-    if training_args.resume_from_checkpoint and (folder / "results.json").is_file():
+    if is_resumed(training_args.resume_from_checkpoint) and (folder / "results.json").is_file():
         results = json.loads((folder / "results.json").read_text())
         if results["stopped_by"] == "tracker":
             print(f"the run in {folder} is complete")

@@ -197,11 +197,16 @@ def refuse_arguments(values: dict) -> None:
         raise PerforatedError("--save_strategy best: the tracker keeps the best model; use steps, epoch or no")
 
 
+def is_resumed(resume_from_checkpoint: str | bool | None) -> bool:
+    """Whether `--resume_from_checkpoint` asks for a checkpoint; on the command line "false" is a text."""
+    return str(resume_from_checkpoint or False).lower() != "false"
+
+
 def _claim_run_folder(dendrite_args: DendriteArguments, training_args: TrainingArguments) -> None:
     """Refuse a folder that is not free, clear it where the user said so, and mark it as the folder of a run."""
     name = dendrite_args.save_name
     for folder in {Path(name).resolve(), Path(training_args.output_dir).resolve()}:
-        if folder.is_dir() and any(folder.iterdir()) and not training_args.resume_from_checkpoint:
+        if folder.is_dir() and any(folder.iterdir()) and not is_resumed(training_args.resume_from_checkpoint):
             if not (folder / RUN).is_file():
                 raise PerforatedError(f"{folder} is not empty and holds no run: choose another --save_name")
             if not dendrite_args.overwrite_run:
@@ -657,7 +662,7 @@ class PerforatedTrainer(Trainer):
 
     def find_checkpoint(self, resume: str | bool | None) -> Path | None:
         """The checkpoint that `resume` means: a folder, or for true the newest complete one, or None."""
-        if not resume or str(resume).lower() == "false":
+        if not is_resumed(resume):
             return None
         if str(resume).lower() != "true":
             _check_checkpoint(Path(resume))

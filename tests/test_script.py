@@ -353,8 +353,9 @@ def test_a_run_folder_is_never_overwritten_silently(script, small, tmp_path, cap
     assert script(flags) == 0
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     capfd.readouterr()
-    assert script(flags) == 2
-    assert "already holds a run" in capfd.readouterr().err
+    for again in ([], ["--resume_from_checkpoint", "false"]):
+        assert script([*flags, *again]) == 2
+        assert "already holds a run" in capfd.readouterr().err
     assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     # the old run's settings must not reach the new one
     config = tmp_path / "run" / "run_config.json"
