@@ -5,6 +5,7 @@ import errno
 import functools
 import hashlib
 import io
+import itertools
 import json
 import os
 import pickle
@@ -172,11 +173,11 @@ def test_a_malicious_pickle_does_not_run(script, small, begun, capfd, name):
     assert not (begun / "it-ran").exists()
 
 
-FILES = "system.pt best_model.safetensors deployed/config.json deployed/model.safetensors optimizer.pt scheduler.pt"
+FILES = "system.pt best_model.safetensors deployed/config.json deployed/model.safetensors optimizer.pt".split()
+FILES += ["scheduler.pt", "rng_state.pth", "trainer_state.json", "perforated.json.tmp"]
 
 
-@pytest.mark.parametrize("name", [*FILES.split(), "rng_state.pth", "trainer_state.json", "perforated.json.tmp"])
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES])
+@pytest.mark.parametrize(("name", "code"), zip(FILES, itertools.cycle([errno.ENOSPC, errno.EACCES]), strict=False))
 def test_a_write_that_fails(script, small, begun, capfd, monkeypatch, name, code):
     """Every way in which a checkpoint is written raises, as the operating system would, for one file of the next."""
 
