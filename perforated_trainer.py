@@ -386,8 +386,11 @@ class _DendriteCallback(TrainerCallback):
     def report(self, args, state):
         member = GPA.pai_tracker.member_vars
         since = member["num_epochs_run"] - member["epoch_last_improved"]
-        loss = next((entry["loss"] for entry in reversed(state.log_history) if "loss" in entry), float("nan"))
-        best = {"step": state.global_step, "loss": f"{loss:.4f}", "best": f"{self.trainer.best_score():.4f}"}
+        best = {
+            "step": state.global_step,
+            "loss": f"{self.trainer.last_loss():.4f}",
+            "best": f"{self.trainer.best_score():.4f}",
+        }
         best["dendrites"] = member["num_dendrites_added"]
         if self.bar is not None:
             self.bar.n = min(since, self.bar.total)
@@ -466,7 +469,6 @@ class PerforatedTrainer(Trainer):
         if self.stopped_by == "max_steps" and (best := Path(GPA.pc.get_save_name(), "best_model.pt")).is_file():
             with _library():
                 UPA.load_system(self.model, str(best.parent), best.stem, switch_call=True)
-            self._parameters.clear()
             self.draw()
         return output or TrainOutput(self.state.global_step, 0.0, {})
 
@@ -519,15 +521,13 @@ class PerforatedTrainer(Trainer):
             before, tracker = self.dendrites(), GPA.pai_tracker
             score = self.score_name.removeprefix("eval_")
             with _library(), self._same_buffers():
-                loss = next((entry["loss"] for entry in reversed(self.state.log_history) if "loss" in entry), None)
-                if loss is not None:
+                loss = self.last_loss()
+                if math.isfinite(loss):
                     tracker.add_extra_score(loss, "train loss")
                 if self.test_dataset is not None:
                     tracker.add_test_score(self.test_metrics[f"test_{score}"], f"test {score}")
                 _, restructured, complete = tracker.add_validation_score(metrics[self.score_name], self.model)
             decision = [bool(restructured), bool(complete)]
-            if any(decision):
-                self._parameters.clear()
             if restructured and not complete:
                 self.say(
                     f"step {self.state.global_step:,}: {before} -> {self.dendrites()} dendrites, "
@@ -553,15 +553,19 @@ class PerforatedTrainer(Trainer):
 
     def parameters(self) -> int:
         """Number of distinct parameters of the model as it would be deployed, without training scaffolding."""
-        key = (id(GPA.pai_tracker), self.dendrites())
-        if key not in self._parameters:
-            self._parameters[key] = sum(p.numel() for p in self.deployed_model().parameters())
-        return self._parameters[key]
+        dendrites = self.dendrites()  # they determine the structure, so each number is counted once
+        if dendrites not in self._parameters:
+            self._parameters[dendrites] = sum(p.numel() for p in self.deployed_model().parameters())
+        return self._parameters[dendrites]
 
     def deployed_model(self) -> PreTrainedModel:
         """A copy of the model without training scaffolding; same logits to the last bit."""
         with _library():
             return UPA.prepare_final_model(self.model)
+
+    def last_loss(self) -> float:
+        """The training loss that was logged last; nan before the first."""
+        return next((entry["loss"] for entry in reversed(self.state.log_history) if "loss" in entry), float("nan"))
 
     def best_score(self) -> float:
         """The best validation score so far, over all cycles; nan before the first."""
@@ -700,7 +704,6 @@ class PerforatedTrainer(Trainer):
                 GPA.pai_tracker.loaded = True
         except (KeyError, RuntimeError) as error:
             raise PerforatedError(f"{folder} does not fit this network: {str(error)[:400]}") from error
-        self._parameters.clear()
         self.state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
         self.train_seconds, self.complete = manifest["train_seconds"], manifest["complete"]
         self.accelerator.wait_for_everyone()
