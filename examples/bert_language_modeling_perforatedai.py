@@ -55,7 +55,7 @@ DEFAULTS = {
     "logging_steps": 200,
     "save_steps": 2000,
     "save_total_limit": 2,
-    "per_device_train_batch_size": 16,
+    "per_device_train_batch_size": 32,
     "per_device_eval_batch_size": 128,
     "learning_rate": 5e-3,
     "lr_scheduler_type": "reduce_lr_on_plateau",
@@ -67,7 +67,7 @@ DEFAULTS = {
     "remove_unused_columns": False,  # the collator makes what the model takes
     "report_to": "none",
 }
-PLATEAU_DEFAULTS = {"factor": 0.3, "patience": 2, "threshold": 2e-3}  # a patience below n_epochs_to_switch
+PLATEAU_DEFAULTS = {"factor": 0.3, "patience": 3, "threshold": 1e-3}  # a patience below n_epochs_to_switch
 # A BERT that learns in minutes on a CPU. No dropout: masks drawn anew each time keep so small a model from overfitting.
 SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 128}
 SMALL |= {"initializer_range": 0.1, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -106,7 +106,7 @@ class DataArguments:
         default=10, metadata={"help": "Without a validation part: what is kept apart for it, and as much for a test."}
     )
     max_seq_length: int = field(
-        default=64, metadata={"help": "Tokens in a sequence: the text is cut into such blocks."}
+        default=32, metadata={"help": "Tokens in a sequence: the text is cut into such blocks."}
     )
     mlm_probability: float = field(default=0.15, metadata={"help": "Share of the tokens that are to be predicted."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on this many sequences at most."})
@@ -289,7 +289,7 @@ def run(argv=None) -> int:
         parts, collate = make_data(data_args, tokenizer, texts)
         model = build_model(model_args, data_args.max_seq_length, tokenizer)
     except (OSError, ValueError, TypeError) as error:
-        raise PerforatedError(f"no such model or tokenizer: {str(error).splitlines()[0]}") from error
+        raise PerforatedError(f"{pretrained or 'the model'}: {str(error).splitlines()[0]}") from error
     # transformers takes a forward with **kwargs to average over several batches; BERT's averages over its own.
     model.accepts_loss_kwargs = False
 
