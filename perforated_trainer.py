@@ -31,7 +31,8 @@ import signal
 import sys
 import time
 import zlib
-from dataclasses import dataclass, field, fields
+from collections import Counter
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
@@ -40,6 +41,7 @@ import safetensors.torch
 import torch
 from accelerate.utils import broadcast_object_list
 from matplotlib.figure import Figure
+from torch.nn import Conv1d, Conv2d, Conv3d
 from tqdm.auto import tqdm
 from transformers import (
     PreTrainedModel,
@@ -54,6 +56,7 @@ from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
 with contextlib.redirect_stdout(io.StringIO()):  # the package prints which variant it is when it is imported
+    from perforatedai import clean_perforatedai as CL
     from perforatedai import globals_perforatedai as GPA
     from perforatedai import network_perforatedai as NPA
     from perforatedai import utils_perforatedai as UPA
@@ -65,6 +68,7 @@ MANIFEST = "perforated.json"  # written last: a checkpoint without it is unfinis
 DEPLOYED = "deployed"  # the clean model inside a checkpoint
 WEIGHTS = "model.safetensors"
 BEST = "best_model.safetensors"
+TIES = "perforated_tied_weights"  # in config.json: each name that the weights leave out, and the name it is tied to
 
 # Arguments of the Trainer that dendrites change the meaning of, and what to use instead.
 REFUSED = {
@@ -108,6 +112,26 @@ class DendriteArguments:
     improvement_threshold: list[float] = field(
         default_factory=lambda: [0.0001],
         metadata={"help": "Relative gain that counts as a better score; several values: one for each further try."},
+    )
+    module_names_to_perforate: list[str] = field(
+        default_factory=lambda: ["PAISequential", "Conv1d", "Conv2d", "Conv3d", "Linear", "Conv1D"],
+        metadata={"help": "Types of layers that get dendrites, but not where weights are tied, frozen or logits'."},
+    )
+    module_ids_to_perforate: list[str] = field(
+        default_factory=list, metadata={"help": "Names of modules that get dendrites whatever their type and weights."}
+    )
+    module_names_to_track: list[str] = field(
+        default_factory=list, metadata={"help": "Types of modules that get no dendrites, nor does anything in them."}
+    )
+    module_ids_to_track: list[str] = field(
+        default_factory=list, metadata={"help": "Names of modules that get no dendrites, nor does anything in them."}
+    )
+    output_dimensions: list[int] | None = field(
+        default=None,
+        metadata={"help": "0 for the dimension of the neurons, -1 for others: -1 -1 0. Default: found layer by layer."},
+    )
+    dropout_with_dendrites: float | None = field(
+        default=None, metadata={"help": "Rate of all dropout layers once there are dendrites. Default: left alone."}
     )
     overwrite_run: bool = field(default=False, metadata={"help": "Replace the run that the folder already holds."})
 
@@ -233,8 +257,69 @@ def _delete_second_body(model: PreTrainedModel) -> None:
 
     Where `base_model` is only the read-only property of transformers, nothing is registered and nothing is done.
     """
-    if any(module == "base_model" for module, _ in model.named_modules(remove_duplicate=False)):
+    modules = dict(model.named_modules(remove_duplicate=False))
+    if sum(module is modules.get("base_model") for module in modules.values()) > 1:
         del model.base_model
+
+
+def _ids_to_perforate(model: PreTrainedModel, dendrite_args: DendriteArguments) -> list[str]:
+    """Names of the modules that get dendrites. A warning lists what has weights and gets none."""
+    args, ids, closed, left = dendrite_args, [], [], {}
+    asked = {name.strip(".") for name in args.module_ids_to_perforate}
+    tracked = {name.strip(".") for name in args.module_ids_to_track}
+    if unknown := (asked | tracked) - {name for name, _ in model.named_modules()}:
+        raise PerforatedError(f"the model has no module {', '.join(sorted(unknown))}; see model.named_modules()")
+    # A dendrite of a tied layer, or of one that gives logits over a vocabulary, would be a copy of its large matrix.
+    owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+    logits = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    for name, module in model.named_modules():
+        if any(name.startswith(f"{parent}.") for parent in ids):
+            continue
+        parameters, kind = list(module.parameters()), type(module).__name__
+        if any(name.startswith(f"{parent}.") for parent in closed) or name in tracked:
+            closed.append(name)
+        elif name in asked:
+            ids.append(name)
+            continue
+        elif kind in args.module_names_to_track:
+            closed.append(name)
+        elif (
+            kind in args.module_names_to_perforate
+            and parameters
+            and module is not logits
+            and all(p.requires_grad and owners[id(p)] == 1 for p in parameters)
+        ):
+            ids.append(name)
+            continue
+        if next(module.parameters(recurse=False), None) is not None:
+            left.setdefault(kind, {})[re.sub(r"\.\d+", ".*", name)] = None
+    if left:
+        logger.warning(f"No dendrites: {'; '.join(f'{kind} {chr(44).join(names)}' for kind, names in left.items())}")
+    return ids
+
+
+def _find_output_dimensions(module: torch.nn.Module) -> None:
+    """When `module`, one with dendrites, is first called, tell the library which of its outputs' dimensions is neurons.
+
+    For a convolution that is the second dimension, for anything else the last one.
+    """
+
+    def found(layer, inputs, output):
+        handle.remove()
+        if module.processor is not None:  # set by the user: makes one tensor of it
+            return
+        if not isinstance(output, torch.Tensor):
+            raise PerforatedError(
+                f"{module.name[1:]} returns a {type(output).__name__} and dendrites need one tensor: leave it out with "
+                f"--module_ids_to_track {module.name[1:]}, or give its inner layers dendrites instead"
+            )
+        convolutions = [m for m in layer.modules() if isinstance(m, (Conv1d, Conv2d, Conv3d))]
+        channels = any(len(m.kernel_size) + 2 == output.ndim for m in convolutions)
+        dimensions = [-1] * output.ndim
+        dimensions[1 if channels else -1] = 0
+        module.set_this_output_dimensions(dimensions)
+
+    handle = module.main_module.register_forward_hook(found)
 
 
 def perforate(
@@ -266,6 +351,7 @@ def perforate(
         training_args._n_gpu = 1
         logger.warning("Several GPUs are visible, one is used. All of them: torchrun --nproc_per_node N <script>")
 
+    _delete_second_body(model)
     threshold = dendrite_args.improvement_threshold
     for setting in "configuration_confirmed unwrapped_modules_confirmed weight_decay_accepted silent".split():
         getattr(GPA.pc, f"set_{setting}")(True)  # never ask on standard input
@@ -281,6 +367,10 @@ def perforate(
         "history_lookback": dendrite_args.history_lookback,
         "improvement_threshold": threshold[0] if len(threshold) == 1 else list(threshold),
         "library_validation_score": training_args.metric_for_best_model,
+        "output_dimensions": dendrite_args.output_dimensions or [-1, 0, -1, -1],
+        "module_ids_to_perforate": [f".{name}" for name in _ids_to_perforate(model, dendrite_args)],
+        "module_names_to_perforate": [],  # all are named one by one
+        "module_names_to_not_save": [],
         # A capacity test changes these two, and retain_all_dendrites: a later call here must not inherit them.
         "switch_mode": GPA.pc.DOING_HISTORY,
         "max_dendrite_tries": 2,
@@ -299,7 +389,11 @@ def perforate(
                 making_graphs=False,  # drawn by PerforatedTrainer, when it is worth the time
                 maximizing_score=bool(training_args.greater_is_better),
             )
-    _delete_second_body(model)
+    model.dendrite_args = dendrite_args
+    GPA.pc.set_module_names_to_not_save([])  # the library adds second names of modules, which loading then misses
+    if not dendrite_args.output_dimensions:
+        for module in UPA.get_pai_modules(model, 0):
+            _find_output_dimensions(module)
     return model.to(training_args.device)
 
 
@@ -316,8 +410,30 @@ def load_perforated_model(model_class: type[PreTrainedModel], folder: str | os.P
             raise PerforatedError(f"{folder} holds no model: {name} is missing")
     model = model_class(model_class.config_class.from_pretrained(folder))
     _delete_second_body(model)
+    weights = safetensors.torch.load_file(folder / WEIGHTS)
+    ties = getattr(model.config, TIES, {})
+    weights |= {name: weights[other] for name, other in ties.items()}
     with _library():
-        return NPA.load_pai_model(model, str(folder / WEIGHTS)).eval()
+        model = NPA.load_pai_model_from_dict(model, weights)
+    # Once more: where a layer is tied, the library has tied its first dendrite. This unties all, and keeps the dtypes.
+    model.load_state_dict(weights, strict=False, assign=True)
+    for name, other in ties.items():
+        parent, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, model.get_parameter(other))
+    return model.eval()
+
+
+def _attribute_of_layer(self, name):
+    """As in the library's training modules: what a layer with dendrites has not, such as `weight`, its layer has."""
+    try:
+        return torch.nn.Module.__getattr__(self, name)
+    except AttributeError:
+        if name == "layer_array":
+            raise
+        return getattr(self.layer_array[-1], name)
+
+
+CL.PAIModulePyThread.__getattr__ = NPA.PerforatedModule.__getattr__ = _attribute_of_layer
 
 
 def _digest(path: Path) -> str:
@@ -441,6 +557,10 @@ class PerforatedTrainer(Trainer):
                     self.cycle_ended = False
                     self.optimizer = self.lr_scheduler = None
                     self.model_wrapped = self.model
+                    rate = self.model.dendrite_args.dropout_with_dendrites
+                    for module in self.model.modules() if self.dendrites() and rate is not None else ():
+                        if isinstance(module, torch.nn.Dropout):
+                            module.p = rate
                     # accelerate 1.15 marks a model that was evaluated before training as prepared, and then would not
                     # wrap it for several processes; there is no public way to take the mark off.
                     self.model._is_accelerate_prepared = False
@@ -536,7 +656,15 @@ class PerforatedTrainer(Trainer):
     def deployed_model(self) -> PreTrainedModel:
         """A copy of the model without training scaffolding; same logits to the last bit."""
         with _library():
-            return UPA.prepare_final_model(self.model)
+            model = UPA.prepare_final_model(self.model)
+        names = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            names.setdefault(parameter, []).append(name)
+        ties = {other: same[0] for same in names.values() for other in same[1:]}
+        # Tied names moved: for save_pretrained here, for load_perforated_model in the config.
+        model._tied_weights_keys = model.all_tied_weights_keys = ties
+        setattr(model.config, TIES, ties)
+        return model
 
     def last_loss(self) -> float:
         """The training loss that was logged last; nan before the first."""
@@ -597,7 +725,8 @@ class PerforatedTrainer(Trainer):
             with _library(), self._same_buffers():
                 UPA.save_system(self.model, str(folder), "system")
             (folder / "system.pt").replace(folder / WEIGHTS)
-        self.deployed_model().save_pretrained(folder / DEPLOYED if _internal_call else folder)
+        target = folder / DEPLOYED if _internal_call else folder
+        self.deployed_model().save_pretrained(target, save_original_format=False)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
 
@@ -698,6 +827,8 @@ class PerforatedTrainer(Trainer):
             with _library():
                 # What UPA.load_system does, except that it forgets the best score and the evaluations since.
                 weights = safetensors.torch.load_file(folder / WEIGHTS)
+                for module in UPA.get_pai_modules(self.model, 0):
+                    module.set_this_output_dimensions(weights[f"{module.name[1:]}.this_output_dimensions"])
                 UPA.load_net_from_dict(self.model, weights)
                 self.model.load_state_dict(weights)  # the library passes over tensors of another shape
                 GPA.pai_tracker.reset_module_vector(self.model, False)
@@ -712,11 +843,9 @@ class PerforatedTrainer(Trainer):
 
     def settings(self) -> dict:
         """What a resumed run should share with the run that wrote the checkpoint."""
-        settings = {name: value for name, value in self.args.to_dict().items() if not HARMLESS.search(name)}
-        settings |= {"world_size": self.args.world_size, "doing_pai": GPA.pai_tracker.member_vars["doing_pai"]}
-        for setting in fields(DendriteArguments):
-            if hasattr(GPA.pc, f"get_{setting.name}"):
-                settings[setting.name] = getattr(GPA.pc, f"get_{setting.name}")()
+        settings = self.args.to_dict() | vars(self.model.dendrite_args)
+        settings = {name: value for name, value in settings.items() if not HARMLESS.search(name)}
+        settings |= {"world_size": self.args.world_size}
         for name in ("train_dataset", "eval_dataset", "test_dataset"):
             data = getattr(self, name)
             if hasattr(data, "__len__") and hasattr(data, "__getitem__") and not isinstance(data, dict):
