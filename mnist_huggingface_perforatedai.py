@@ -19,9 +19,7 @@
 A template: to use it for another model, replace the parts marked REPLACE, keep those marked DENDRITES.
 """
 
-import json
 import resource
-import shlex
 import sys
 import warnings
 from dataclasses import dataclass, field
@@ -37,7 +35,6 @@ from torchvision.transforms.functional import pil_to_tensor
 from transformers import (
     AutoConfig,
     AutoModelForImageClassification,
-    HfArgumentParser,
     PreTrainedConfig,
     PreTrainedModel,
     TrainingArguments,
@@ -51,11 +48,11 @@ from perforated_trainer import (
     PerforatedError,
     PerforatedTrainer,
     exit_status,
+    finished_results,
     ignore_shared_tensors,
-    is_resumed,
     main_process,
+    parse_arguments,
     perforate,
-    refuse_arguments,
 )
 
 logger = logging.get_logger(__name__)
@@ -66,7 +63,7 @@ logger = logging.get_logger(__name__)
 TRAINING_DEFAULTS = {
     "num_train_epochs": 1_000_000,  # practically endless: the tracker says when training is complete
     "eval_strategy": "steps",
-    "eval_steps": None,  # 500, or 10 with --testing_dendrite_capacity
+    "eval_steps": 500,  # 10 with --testing_dendrite_capacity
     "logging_steps": 500,
     "save_steps": 2500,  # a kill costs at most a minute at 42 steps a second
     "save_total_limit": 2,
@@ -268,29 +265,7 @@ def load_data(args: DataArguments) -> tuple[str, ImageTensors, ImageTensors, Ima
     return name, ImageTensors(images[train], labels[train]), ImageTensors(images[validation], labels[validation]), test
 
 
-# ----------------------------------------------------------------------------------------------- keep: arguments, run
-
-
-def parse_arguments(argv=None) -> tuple[DataArguments, DendriteArguments, TrainingArguments]:
-    def error(message):
-        raise PerforatedError(message)  # one line, not the page of flags
-
-    parser = HfArgumentParser((DataArguments, DendriteArguments, TrainingArguments), description=__doc__)
-    parser.error = error
-    parser.set_defaults(output_dir=None, **TRAINING_DEFAULTS, **DENDRITE_DEFAULTS)
-    values = vars(parser.parse_args(argv))
-    values["output_dir"] = values["output_dir"] or values["save_name"]
-    values["eval_steps"] = values["eval_steps"] or (10 if values["testing_dendrite_capacity"] else 500)
-    if values["lr_scheduler_type"] == "reduce_lr_on_plateau" and values["lr_scheduler_kwargs"] is None:
-        values["lr_scheduler_kwargs"] = PLATEAU_DEFAULTS
-    values["remove_unused_columns"] = False  # our batches are whole tensors
-    if values["train_sampling_strategy"] in ("group_by_length", "batch_rebalance") or values["neftune_noise_alpha"]:
-        error("--train_sampling_strategy by length and --neftune_noise_alpha are for text, not images")
-    refuse_arguments(values)  # before TrainingArguments finds other words for it
-    try:
-        return parser.parse_dict(values)
-    except (ValueError, ImportError, TypeError) as refused:
-        error(str(refused).splitlines()[0])
+# ------------------------------------------------------------------------------------------------------ keep: the run
 
 
 MODEL_CARD = """---
@@ -329,14 +304,19 @@ def print_results(results: dict, folder: Path) -> None:
 
 
 def run(argv=None) -> int:
-    data_args, dendrite_args, training_args = parse_arguments(argv)
+    kinds = (DataArguments, DendriteArguments, TrainingArguments)
+    arguments = parse_arguments(kinds, argv, TRAINING_DEFAULTS, PLATEAU_DEFAULTS, **DENDRITE_DEFAULTS)
+    data_args, dendrite_args, training_args = arguments
     folder = Path(dendrite_args.save_name)
-    if is_resumed(training_args.resume_from_checkpoint) and (folder / "results.json").is_file():
-        results = json.loads((folder / "results.json").read_text())
-        if results["stopped_by"] == "tracker":
-            print(f"the run in {folder} is complete")
-            print_results(results, folder)
-            return 0
+    if results := finished_results(dendrite_args, training_args):
+        print(f"the run in {folder} is complete")
+        print_results(results, folder)
+        return 0
+    if (
+        training_args.train_sampling_strategy in ("group_by_length", "batch_rebalance")
+        or training_args.neftune_noise_alpha
+    ):
+        raise PerforatedError("--train_sampling_strategy by length and --neftune_noise_alpha are for text, not images")
     if training_args.log_level == "debug":
         warnings.simplefilter("default")
         logging.set_verbosity_debug()
@@ -363,10 +343,6 @@ def run(argv=None) -> int:
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     # ---------------------------------------------------------------------------------------------------- DENDRITES end
 
-    if trainer.stopped_by == "signal":
-        command = shlex.join(["python", *sys.argv, "--resume_from_checkpoint", "true"])
-        trainer.say(f"stopped at step {trainer.state.global_step:,} with a checkpoint; to go on: {command}")
-        return 128 + trainer.signal
     card = MODEL_CARD.replace("DATA", data_name)
     results = trainer.save_results({"name": data_name, **sizes}, card, dendrite_args.testing_dendrite_capacity)
     if main_process():

@@ -44,6 +44,7 @@ from matplotlib.figure import Figure
 from torch.nn import Conv1d, Conv2d, Conv3d
 from tqdm.auto import tqdm
 from transformers import (
+    HfArgumentParser,
     PreTrainedModel,
     PrinterCallback,
     ProgressCallback,
@@ -187,7 +188,7 @@ def exit_status(run, argv=None) -> int:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
     if main_process():
-        print(f"error: {' '.join(message.split())}", file=sys.stderr)
+        print(f"{'' if status > 128 else 'error: '}{' '.join(message.split())}", file=sys.stderr)
     return status
 
 
@@ -215,6 +216,41 @@ def ignore_shared_tensors() -> None:
 
     find_partly_shared_tensors.ignores_aliases = True
     safetensors.torch._find_shared_tensors = find_partly_shared_tensors
+
+
+def parse_arguments(kinds, argv=None, training: dict | None = None, plateau: dict | None = None, **defaults) -> tuple:
+    """Parse a command line into the dataclasses `kinds`, the last two DendriteArguments and TrainingArguments.
+
+    `training`, `defaults`: values where no flag is given; `plateau`: lr_scheduler_kwargs of reduce_lr_on_plateau.
+    Raises PerforatedError for a flag that is unknown, has no such value or does not go with dendrites.
+    """
+
+    def error(message):
+        raise PerforatedError(message)  # one line, not the page of flags
+
+    parser = HfArgumentParser(kinds, description=sys.modules[kinds[0].__module__].__doc__)
+    parser.error = error
+    parser.set_defaults(output_dir=None, remove_unused_columns=False, **(training or {}), **defaults)
+    values = vars(parser.parse_args(argv))
+    values["output_dir"] = values["output_dir"] or values["save_name"]
+    if values["testing_dendrite_capacity"] and values["eval_steps"] == parser.get_default("eval_steps"):
+        values["eval_steps"] = 10
+    if values["lr_scheduler_type"] == "reduce_lr_on_plateau" and values["lr_scheduler_kwargs"] is None:
+        values["lr_scheduler_kwargs"] = plateau
+    refuse_arguments(values)  # before TrainingArguments finds other words for it
+    try:
+        return parser.parse_dict(values)
+    except (ValueError, ImportError, TypeError) as refused:
+        error(str(refused).splitlines()[0])
+
+
+def finished_results(dendrite_args: DendriteArguments, training_args: TrainingArguments) -> dict | None:
+    """The results of a run that is to be resumed and that its tracker has ended already."""
+    path = Path(dendrite_args.save_name, "results.json")
+    if is_resumed(training_args.resume_from_checkpoint) and path.is_file():
+        results = json.loads(path.read_text())
+        return results if results["stopped_by"] == "tracker" else None
+    return None
 
 
 def refuse_arguments(values: dict) -> None:
@@ -514,7 +550,7 @@ class PerforatedTrainer(Trainer):
     """A Trainer that adds dendrites to a model from `perforate`, cycle after cycle, until the tracker says stop.
 
     Takes the arguments of `Trainer`. `test_dataset` is evaluated beside every validation and only reported.
-    After `train()`: the model is the tracker's best, `stopped_by` is "tracker", "max_steps" or "signal",
+    After `train()`: the model is the tracker's best, `stopped_by` is "tracker" or "max_steps",
     `cycles()` the result for each number of dendrites. `save_model(folder)` writes the model without scaffolding.
     """
 
@@ -540,7 +576,7 @@ class PerforatedTrainer(Trainer):
         """Train until the tracker says that training is complete, or until `max_steps`, or until a signal.
 
         Args: as `Trainer.train`; `resume_from_checkpoint` may also be "true", the newest complete checkpoint.
-        Raises PerforatedError for a checkpoint that cannot be used, a full disk, a loss that is not finite.
+        Raises PerforatedError for a checkpoint that cannot be used, a loss that is not finite, and after a signal.
         """
         checkpoint = self.find_checkpoint(resume_from_checkpoint)
         self.complete, output, self._drawn = False, None, time.monotonic()
@@ -573,8 +609,12 @@ class PerforatedTrainer(Trainer):
             raise PerforatedError(error.args[0]) if "metric_for_best_model" in str(error) else error from None
         finally:
             self.args.save_total_limit = self.save_total_limit
-        self.stopped_by = "tracker" if self.complete else "signal" if self.signal else "max_steps"
         self.accelerator.wait_for_everyone()
+        if self.signal and not self.complete:
+            command = shlex.join(["python", *sys.argv, "--resume_from_checkpoint", "true"])
+            stopped = f"stopped at step {self.state.global_step:,} with a checkpoint; to go on: {command}"
+            raise PerforatedError(stopped, 128 + self.signal)
+        self.stopped_by = "tracker" if self.complete else "max_steps"
         if self.stopped_by == "max_steps" and (best := Path(GPA.pc.get_save_name(), "best_model.pt")).is_file():
             with _library():
                 UPA.load_system(self.model, str(best.parent), best.stem, switch_call=True)
