@@ -176,7 +176,9 @@ class ImageTensors(torch.utils.data.Dataset):
     def __getitem__(self, index):
         return {"pixel_values": self.images[index], "labels": self.labels[index]}
 
-    __getitems__ = __getitem__  # what DataLoader calls with the indices of a batch
+    def __getitems__(self, indices):  # what DataLoader calls with the indices of a batch
+        indices = torch.tensor(indices)
+        return {"pixel_values": self.images.index_select(0, indices), "labels": self.labels.index_select(0, indices)}
 
 
 def read_idx(data_dir: str) -> list[torch.Tensor]:
