@@ -302,64 +302,58 @@ def _delete_second_body(model: PreTrainedModel) -> None:
         del model.base_model
 
 
-def _ids_to_perforate(model: PreTrainedModel, dendrite_args: DendriteArguments) -> list[str]:
-    """Names of the modules that get dendrites. A warning lists what has weights and gets none."""
-    args, ids, closed, left = dendrite_args, [], [], {}
-    asked = {name.strip(".") for name in args.module_ids_to_perforate}
-    tracked = {name.strip(".") for name in args.module_ids_to_track}
+def _ids_to_perforate(model: PreTrainedModel, args: DendriteArguments) -> list[str]:
+    """Names of the modules that get dendrites. One warning lists what has weights and gets none."""
+    asked, tracked = (
+        {name.strip(".") for name in ids} for ids in (args.module_ids_to_perforate, args.module_ids_to_track)
+    )
     if unknown := (asked | tracked) - {name for name, _ in model.named_modules()}:
         raise PerforatedError(f"the model has no module {', '.join(sorted(unknown))}; see model.named_modules()")
-    # A dendrite of a tied layer, or of one that gives logits over a vocabulary, would be a copy of its large matrix.
-    owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
-    logits = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    # Each dendrite of a tied layer, or of one that gives logits over a vocabulary, would copy its large matrix.
+    names = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    logits, ids, left = model.get_output_embeddings(), [], {}
     for name, module in model.named_modules():
-        if any(name.startswith(f"{parent}.") for parent in ids):
+        path, kind = {name, *(name[:i] for i, letter in enumerate(name) if letter == ".")}, type(module).__name__
+        if kind in args.module_names_to_track and name not in asked:
+            tracked.add(name)
+        if path & set(ids):
             continue
-        parameters, kind = list(module.parameters()), type(module).__name__
-        if any(name.startswith(f"{parent}.") for parent in closed) or name in tracked:
-            closed.append(name)
-        elif name in asked:
+        safe = all(p.requires_grad and names[id(p)] == 1 for p in module.parameters()) and module is not logits
+        if not path & tracked and (name in asked or (safe and kind in args.module_names_to_perforate)):
             ids.append(name)
-            continue
-        elif kind in args.module_names_to_track:
-            closed.append(name)
-        elif (
-            kind in args.module_names_to_perforate
-            and parameters
-            and module is not logits
-            and all(p.requires_grad and owners[id(p)] == 1 for p in parameters)
-        ):
-            ids.append(name)
-            continue
-        if next(module.parameters(recurse=False), None) is not None:
-            left.setdefault(kind, {})[re.sub(r"\.\d+", ".*", name)] = None
-    if left:
-        logger.warning(f"No dendrites: {'; '.join(f'{kind} {chr(44).join(names)}' for kind, names in left.items())}")
+        elif next(module.parameters(recurse=False), None) is not None:
+            left.setdefault(kind, []).append(re.sub(r"\.\d+", ".*", name) or "the model itself")
+    if left and main_process():
+        kinds = (f"{kind} ({', '.join(dict.fromkeys(without))})" for kind, without in left.items())
+        logger.warning(f"No dendrites: {'; '.join(kinds)}")
+    if not ids:
+        raise PerforatedError("no module can get dendrites: weights tied, frozen or with two names, or no such type")
     return ids
 
 
-def _find_output_dimensions(module: torch.nn.Module) -> None:
-    """When `module`, one with dendrites, is first called, tell the library which of its outputs' dimensions is neurons.
+def _on_first_call(module: torch.nn.Module, find_dimensions: bool) -> None:
+    """Check the output of `module`, one that gets dendrites; tell the library which dimension of it is the neurons.
 
-    For a convolution that is the second dimension, for anything else the last one.
+    For a convolution that is the second one, for anything else the last.
     """
 
-    def found(layer, inputs, output):
+    def check(layer, inputs, output):
         handle.remove()
-        if module.processor is not None:  # set by the user: makes one tensor of it
+        if module.processor is not None:  # the user told the library how to make one tensor of it
             return
+        name = module.name[1:]
         if not isinstance(output, torch.Tensor):
             raise PerforatedError(
-                f"{module.name[1:]} returns a {type(output).__name__} and dendrites need one tensor: leave it out with "
-                f"--module_ids_to_track {module.name[1:]}, or give its inner layers dendrites instead"
+                f"{name} returns a {type(output).__name__}, and dendrites need one tensor: give them to modules in it, "
+                f"with --module_ids_to_perforate, or to nothing in it, with --module_ids_to_track {name}"
             )
-        convolutions = [m for m in layer.modules() if isinstance(m, (Conv1d, Conv2d, Conv3d))]
-        channels = any(len(m.kernel_size) + 2 == output.ndim for m in convolutions)
+        convolutions = (m for m in layer.modules() if isinstance(m, (Conv1d, Conv2d, Conv3d)))
         dimensions = [-1] * output.ndim
-        dimensions[1 if channels else -1] = 0
-        module.set_this_output_dimensions(dimensions)
+        dimensions[1 if any(len(m.kernel_size) + 2 == output.ndim for m in convolutions) else -1] = 0
+        if find_dimensions:
+            module.set_this_output_dimensions(dimensions)
 
-    handle = module.main_module.register_forward_hook(found)
+    handle = module.main_module.register_forward_hook(check)
 
 
 def perforate(
@@ -373,6 +367,11 @@ def perforate(
     name = dendrite_args.save_name
     if not re.fullmatch(r"[\w.-]*\w[\w.-]*", name):
         raise PerforatedError(f"--save_name {name!r}: use letters, digits, '_', '-' and '.', no path separator")
+    if not isinstance(model, PreTrainedModel) or model._hf_peft_config_loaded:
+        raise PerforatedError(
+            f"{type(model).__name__}: a PreTrainedModel is needed whose save_pretrained writes all of it. To train "
+            "adapters, put them in with peft.inject_adapter_in_model, in the __init__ of a model class of your own"
+        )
     refuse_arguments(vars(training_args))
     if training_args.activation_checkpointing and not model.supports_gradient_checkpointing:
         raise PerforatedError(f"--activation_checkpointing: {type(model).__name__} does not support it")
@@ -431,9 +430,8 @@ def perforate(
             )
     model.dendrite_args = dendrite_args
     GPA.pc.set_module_names_to_not_save([])  # the library adds second names of modules, which loading then misses
-    if not dendrite_args.output_dimensions:
-        for module in UPA.get_pai_modules(model, 0):
-            _find_output_dimensions(module)
+    for module in UPA.get_pai_modules(model, 0):
+        _on_first_call(module, find_dimensions=not dendrite_args.output_dimensions)
     return model.to(training_args.device)
 
 
@@ -455,11 +453,11 @@ def load_perforated_model(model_class: type[PreTrainedModel], folder: str | os.P
     weights |= {name: weights[other] for name, other in ties.items()}
     with _library():
         model = NPA.load_pai_model_from_dict(model, weights)
-    # Once more: where a layer is tied, the library has tied its first dendrite. This unties all, and keeps the dtypes.
+    # Once more: of a tied layer, the library has tied the first dendrite. This unties all, and takes the file's dtypes.
     model.load_state_dict(weights, strict=False, assign=True)
     for name, other in ties.items():
         parent, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(parent), attribute, model.get_parameter(other))
+        setattr(model.get_submodule(parent), attribute, model.get_parameter_or_buffer(other))
     return model.eval()
 
 
@@ -663,6 +661,10 @@ class PerforatedTrainer(Trainer):
         score = metrics[self.score_name]
         if not math.isfinite(score):
             raise PerforatedError(f"{self.score_name} is {score}: it cannot decide", exit_status=1)
+        modules = UPA.get_pai_modules(self.model, 0)  # in each, the first gradient sets out_channels
+        idle = [m.name[1:] for m in modules if m.dendrite_module.dendrite_values[0].out_channels == -1]
+        if idle and self.state.global_step:
+            raise PerforatedError(f"no training reached {', '.join(idle)}: set --module_ids_to_track {' '.join(idle)}")
         decision = [False, False]
         if self.is_world_process_zero():
             before, tracker, name = self.dendrites(), GPA.pai_tracker, self.score_name.removeprefix("eval_")
@@ -707,8 +709,8 @@ class PerforatedTrainer(Trainer):
         with _library():
             model = UPA.prepare_final_model(self.model)
         names = {}
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            names.setdefault(parameter, []).append(name)
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            names.setdefault(id(tensor), []).append(name)
         ties = {other: same[0] for same in names.values() for other in same[1:]}
         # Tied names moved: for save_pretrained here, for load_perforated_model in the config.
         model._tied_weights_keys = model.all_tied_weights_keys = ties
