@@ -22,7 +22,7 @@ A template: to use it for another model, replace the parts marked REPLACE, keep 
 import resource
 import sys
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 if not (3, 11) <= sys.version_info < (3, 13):
@@ -40,6 +40,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.hf_argparser import HfArg
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.utils import logging
 
@@ -84,19 +85,11 @@ DENDRITE_DEFAULTS = {"save_name": "mnistHF", "n_epochs_to_switch": 6, "dropout_w
 class DataArguments:
     """Which images to train on."""
 
-    dataset_name: str = field(
-        default="ylecun/mnist", metadata={"help": "Image data set of the Hub: 28x28 grey images with labels."}
-    )
-    data_dir: str | None = field(
-        default=None, metadata={"help": "Folder of IDX files, as torchvision lays them out: MNIST/raw/... Wins."}
-    )
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on this many images at most."})
-    max_eval_samples: int | None = field(
-        default=None, metadata={"help": "Use this many images at most in validation and in test, each."}
-    )
-    validation_split: float = field(
-        default=0.1, metadata={"help": "Share of the training images that is kept apart to decide on dendrites."}
-    )
+    dataset_name: str = HfArg(default="ylecun/mnist", help="Image data set of the Hub: 28x28 grey images with labels.")
+    data_dir: str | None = HfArg(default=None, help="Folder of IDX files, as torchvision has them: MNIST/raw/... Wins.")
+    max_train_samples: int | None = HfArg(default=None, help="Train on this many images at most.")
+    max_eval_samples: int | None = HfArg(default=None, help="Validate and test on this many images at most, each.")
+    validation_split: float = HfArg(default=0.1, help="Share of the training images that decides on dendrites.")
 
 
 # -------------------------------------------------------------------------------------------------- REPLACE: the model

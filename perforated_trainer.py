@@ -32,7 +32,7 @@ import sys
 import time
 import zlib
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -54,6 +54,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.hf_argparser import HfArg
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
@@ -102,43 +103,38 @@ class PerforatedError(RuntimeError):
 class DendriteArguments:
     """Settings of Perforated AI's dendrites. One "epoch" of the tracker is one evaluation."""
 
-    save_name: str = field(default="PAI", metadata={"help": "Name of the run and of its folder, without a separator."})
-    doing_pai: bool = field(
-        default=True, metadata={"help": "Add dendrites. False trains the same network, same stopping rule, none added."}
+    save_name: str = HfArg(default="PAI", help="Name of the run and of its folder, without a separator.")
+    doing_pai: bool = HfArg(default=True, help="Add dendrites. False: same network, same stopping rule, none added.")
+    testing_dendrite_capacity: bool = HfArg(
+        default=False, help="Add three dendrites at once to test memory: no real run."
     )
-    testing_dendrite_capacity: bool = field(
-        default=False, metadata={"help": "Add three dendrites in quick succession to test memory. Not a real run."}
-    )
-    max_dendrites: int = field(default=5, metadata={"help": "Stop after this many dendrites at the latest."})
-    n_epochs_to_switch: int = field(
-        default=10, metadata={"help": "Evaluations without a better score after which a dendrite is added."}
-    )
-    history_lookback: int = field(default=1, metadata={"help": "Scores are averaged over this many evaluations."})
-    improvement_threshold: list[float] = field(
+    max_dendrites: int = HfArg(default=5, help="Stop after this many dendrites at the latest.")
+    n_epochs_to_switch: int = HfArg(default=10, help="Evaluations without a better score before a dendrite is added.")
+    history_lookback: int = HfArg(default=1, help="Scores are averaged over this many evaluations.")
+    improvement_threshold: list[float] = HfArg(
         default_factory=lambda: [0.0001],
-        metadata={"help": "Relative gain that counts as a better score; several values: one for each further try."},
+        help="Relative gain that counts as a better score; several values: one for each further try.",
     )
-    module_names_to_perforate: list[str] = field(
+    module_names_to_perforate: list[str] = HfArg(
         default_factory=lambda: ["PAISequential", "Conv1d", "Conv2d", "Conv3d", "Linear", "Conv1D"],
-        metadata={"help": "Types of layers that get dendrites, but not where weights are tied, frozen or logits'."},
+        help="Types of layers that get dendrites, but not where weights are tied, frozen or logits'.",
     )
-    module_ids_to_perforate: list[str] = field(
-        default_factory=list, metadata={"help": "Names of modules that get dendrites whatever their type and weights."}
+    module_ids_to_perforate: list[str] = HfArg(
+        default_factory=list, help="Names of modules that get dendrites whatever their type and weights."
     )
-    module_names_to_track: list[str] = field(
-        default_factory=list, metadata={"help": "Types of modules that get no dendrites, nor does anything in them."}
+    module_names_to_track: list[str] = HfArg(
+        default_factory=list, help="Types of modules that get no dendrites, nor does anything in them."
     )
-    module_ids_to_track: list[str] = field(
-        default_factory=list, metadata={"help": "Names of modules that get no dendrites, nor does anything in them."}
+    module_ids_to_track: list[str] = HfArg(
+        default_factory=list, help="Names of modules that get no dendrites, nor does anything in them."
     )
-    output_dimensions: list[int] | None = field(
-        default=None,
-        metadata={"help": "0 for the dimension of the neurons, -1 for others: -1 -1 0. Default: found layer by layer."},
+    output_dimensions: list[int] | None = HfArg(
+        default=None, help="0 for the dimension of the neurons, -1 for others: -1 -1 0. Default: found layer by layer."
     )
-    dropout_with_dendrites: float | None = field(
-        default=None, metadata={"help": "Rate of all dropout layers once there are dendrites. Default: left alone."}
+    dropout_with_dendrites: float | None = HfArg(
+        default=None, help="Rate of all dropout layers once there are dendrites. Default: left alone."
     )
-    overwrite_run: bool = field(default=False, metadata={"help": "Replace the run that the folder already holds."})
+    overwrite_run: bool = HfArg(default=False, help="Replace the run that the folder already holds.")
 
 
 class _Heard(io.StringIO):
@@ -748,8 +744,8 @@ class PerforatedTrainer(Trainer):
 
     def best_score(self) -> float:
         """The best validation score so far, over all cycles; nan before the first."""
-        best = [cycle["best_validation"] for cycle in self.cycles()]
-        return (max if self.args.greater_is_better else min)(best, default=float("nan"))
+        scores = self.scores().get(self.score_name, [])
+        return (max if self.args.greater_is_better else min)(scores, default=float("nan"))
 
     def say(self, line: str) -> None:
         """Print a line above the progress bar, on rank 0 only."""
