@@ -42,6 +42,7 @@ from transformers import (
     HfArgumentParser,
     PreTrainedConfig,
     PreTrainedModel,
+    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
@@ -78,8 +79,9 @@ TRAINING_DEFAULTS = {
     "logging_nan_inf_filter": False,  # a loss that is not finite must be seen
     "report_to": "none",
 }
-PLATEAU_DEFAULTS = {"factor": 0.3, "patience": 2}  # a patience below n_epochs_to_switch
-DENDRITE_DEFAULTS = {"save_name": "mnistHF", "n_epochs_to_switch": 10}
+PLATEAU_DEFAULTS = {"factor": 0.3, "patience": 1}  # a patience below n_epochs_to_switch
+DENDRITE_DEFAULTS = {"save_name": "mnistHF", "n_epochs_to_switch": 6}
+DROPOUTS_WITH_DENDRITES = (0.0, 0.0)  # dropout holds a network this small back: off from the first dendrite on
 
 
 @dataclass
@@ -159,6 +161,19 @@ AutoModelForImageClassification.register(MnistCnnConfig, MnistCnnForImageClassif
 
 def compute_metrics(prediction) -> dict[str, float]:
     return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+
+
+class DropoutWithDendrites(TrainerCallback):
+    """Sets the dropout rates for the network with dendrites."""
+
+    def __init__(self, trainer: PerforatedTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        if self.trainer.dendrites():
+            layers = [module for module in model.modules() if isinstance(module, nn.Dropout)]
+            for layer, rate in zip(layers, DROPOUTS_WITH_DENDRITES, strict=True):
+                layer.p = rate
 
 
 # --------------------------------------------------------------------------------------------------- REPLACE: the data
@@ -415,6 +430,7 @@ def run(argv=None) -> int:
         data_collator=lambda batch: batch,
         compute_metrics=compute_metrics,
     )
+    trainer.add_callback(DropoutWithDendrites(trainer))
     trainer.say(f"data: {data_name}; {', '.join(f'{size:,} {part}' for part, size in sizes.items())}")
     trainer.say(f"network: {type(model).__name__}, {trainer.parameters():,} parameters, on {training_args.device}")
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
