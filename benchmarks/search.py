@@ -10,7 +10,8 @@ import argparse
 import os
 from pathlib import Path
 
-from dendrites import RESULTS, in_processes, recorded
+from dendrites import RESULTS
+from jobs import in_processes, recorded
 
 # Flags of the script, settings of GPA.pc that it has no flag for, and the dropout rates in the cycles with dendrites.
 BASE = {"learning_rate": 5e-3, "plateau": [0.3, 2], "n_epochs_to_switch": 10, "improvement_threshold": 1e-4}
@@ -33,9 +34,9 @@ def job(trial: dict, flags: list[str]) -> dict:
     """The arguments of dendrites.run for a trial."""
     factor, patience = trial["plateau"]
     plateau = f'{{"factor": {factor}, "patience": {patience}}}'
-    flags = [*flags, "--lr_scheduler_kwargs", plateau]
+    flags = ["--lr_scheduler_kwargs", plateau, *flags]
     for name in ("learning_rate", "n_epochs_to_switch", "improvement_threshold", "max_dendrites"):
-        flags += [f"--{name}", str(trial[name])]
+        flags = [f"--{name}", str(trial[name]), *flags]
     library = {
         "candidate_weight_initialization_multiplier": trial["init"],
         "pai_forward_function": trial["forward"],
@@ -48,12 +49,11 @@ def main() -> None:
     parser.add_argument("--data_dir", type=Path, help="folder with MNIST's IDX files; else what the script finds")
     parser.add_argument("--results", type=Path, default=RESULTS.with_name("search.jsonl"))
     parser.add_argument("--processes", type=int, default=os.cpu_count())
-    parser.add_argument("--max_steps", type=int, default=-1, help="end each run there, for a test")
-    args = parser.parse_args()
-    flags = ["--max_steps", str(args.max_steps)]
+    parser.add_argument("--trials", type=int, default=len(TRIALS), help="only so many")
+    args, flags = parser.parse_known_args()  # what it does not know goes to the script
     if args.data_dir:
         flags += ["--data_dir", str(args.data_dir.resolve())]
-    trials = [BASE | trial for trial in TRIALS]
+    trials = [BASE | trial for trial in TRIALS[: args.trials]]
     known = [record["trial"] for record in recorded(args.results)]
     todo = [({"trial": trial}, job(trial, flags), args.results) for trial in trials if trial not in known]
     in_processes(lambda: todo.pop(0) if todo else None, args.processes)
