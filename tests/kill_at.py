@@ -5,7 +5,6 @@ import re
 import signal
 import sys
 
-import mnist_huggingface_perforatedai
 import perforated_trainer
 
 # Files that are about to be opened for writing, renamed or removed, as Python's audit events name them.
@@ -20,7 +19,7 @@ FILES = {
 CALLS = {
     "in a restructure": (perforated_trainer.UPA, "simulate_cycles"),
     "between two cycles": (perforated_trainer.PerforatedTrainer, "load_checkpoint"),
-    "after the last evaluation": (mnist_huggingface_perforatedai, "write_results"),
+    "after the last evaluation": (perforated_trainer.PerforatedTrainer, "save_results"),
 }
 
 

@@ -301,7 +301,7 @@ def test_a_terminal_shows_a_bar_and_is_never_asked(tmp_path):
         ("--no_such_flag 1", "no_such_flag"),
         ("--eval_strategy no", "--eval_strategy no"),
         ("--save_strategy best", "--save_strategy best"),
-        ("--metric_for_best_model f1", "evaluation produces accuracy, loss"),
+        ("--metric_for_best_model f1 --eval_steps 5", "metrics are: ['eval_loss', 'eval_accuracy'"),
         ("--validation_split 0", "--validation_split 0.0"),
         ("--validation_split 1.5", "--validation_split 1.5"),
         ("--max_train_samples 9", "--max_train_samples 9"),

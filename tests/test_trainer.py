@@ -99,7 +99,7 @@ def test_the_read_only_property_is_left_alone(arguments):
 
 def test_a_call_to_the_debugger_becomes_an_error_with_the_librarys_message(arguments):
     class Wide(MnistCnnForImageClassification):
-        """Its linear layers give three dimensions, which the library must be told: it prints that and calls pdb."""
+        """Its linear layers give three dimensions, which `output_dimensions` denies: the library prints that, exits."""
 
         def forward(self, pixel_values, labels=None):
             images = self.features(pixel_values).flatten(1).unsqueeze(1).expand(-1, 3, -1)
@@ -107,7 +107,8 @@ def test_a_call_to_the_debugger_becomes_an_error_with_the_librarys_message(argum
             return ImageClassifierOutput(loss=torch.nn.functional.cross_entropy(logits, labels), logits=logits)
 
     original = pdb.set_trace
-    trainer = trainer_for(perforate(Wide(MnistCnnConfig()), DendriteArguments(), arguments), arguments)
+    dendrite_args = DendriteArguments(output_dimensions=[-1, 0, -1, -1])  # for the convolutions alone
+    trainer = trainer_for(perforate(Wide(MnistCnnConfig()), dendrite_args, arguments), arguments)
     with pytest.raises(PerforatedError, match="this_output_dimensions"):
         trainer.train()
     assert pdb.set_trace is original

@@ -1,0 +1,57 @@
+"""Runs of benchmarks/dendrites.py in processes of their own, each recorded as one line of JSON."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+
+def run_apart(label: dict, job: dict, results: Path) -> None:
+    """Run `job` in a process and a folder of its own and append `label` and its record to `results`."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, str(Path(__file__).with_name("dendrites.py").resolve()), "--job", json.dumps(job)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            print(f"{label} failed: {done.stderr[-2000:]}", file=sys.stderr)
+            return
+        record = label | json.loads(Path(folder, "record.json").read_text())
+    # The commit that is checked out, with a + where files differ from it.
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*"]
+    record["commit"] = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    with open(results, "a") as file:  # one write of one line
+        file.write(json.dumps(record) + "\n")
+    print(f"{label}, seed {record['seed']}: {record['steps']:,} steps, ", end="")
+    print(f"validation error {record['validation_error']:.2f} % with {record['dendrites']} dendrites", flush=True)
+
+
+def recorded(results: Path) -> list[dict]:
+    return [json.loads(line) for line in results.read_text().splitlines()] if results.is_file() else []
+
+
+def in_processes(next_run, number: int) -> None:
+    """Run what `next_run` gives, (label, job, results), `number` at a time, until it gives None and none is running."""
+    lock, running = threading.Lock(), []
+
+    def worker():
+        while True:
+            with lock:
+                entry = next_run()
+                running.extend([entry] if entry else [])
+            if entry:
+                run_apart(*entry)
+                running.remove(entry)
+            elif not running:
+                return
+            else:  # one that is running may make another possible
+                time.sleep(1)
+
+    threads = [threading.Thread(target=worker) for _ in range(number)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()

@@ -1,0 +1,66 @@
+"""The search over settings, on validation scores only: the best dendrite run wins, the test set is not looked at.
+
+    python benchmarks/search.py --data_dir DIR
+
+Each trial is a run of the network with dendrites, one seed, two dendrites at most, on one core. It is recorded in
+benchmarks/results/search.jsonl and not repeated; the table of all is printed, the best first.
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+from dendrites import RESULTS
+from jobs import in_processes, recorded
+
+# Flags of the script, settings of GPA.pc that it has no flag for, and the dropout rate in the cycles with dendrites.
+BASE = {"learning_rate": 5e-3, "plateau": [0.3, 2], "n_epochs_to_switch": 10, "improvement_threshold": 1e-4}
+BASE |= {"init": 0.01, "forward": "sigmoid", "dropout": None, "max_dendrites": 2}
+QUICK = {"plateau": [0.3, 1], "n_epochs_to_switch": 6}
+SHARP = {"plateau": [0.1, 2], "n_epochs_to_switch": 6, "dropout": 0.0}
+TRIALS = [
+    QUICK | {"dropout": 0.0},
+    QUICK,
+    QUICK | {"dropout": 0.0, "init": 0.1},
+    QUICK | {"init": 0.1},
+    SHARP,
+    SHARP | {"learning_rate": 1e-2},
+    SHARP | {"init": 0.3},
+    QUICK | {"dropout": 0.0, "n_epochs_to_switch": 4, "max_dendrites": 4},
+]
+
+
+def job(trial: dict, flags: list[str]) -> dict:
+    """The arguments of dendrites.run for a trial."""
+    factor, patience = trial["plateau"]
+    plateau = f'{{"factor": {factor}, "patience": {patience}}}'
+    flags = ["--lr_scheduler_kwargs", plateau, *flags]
+    for name in ("learning_rate", "n_epochs_to_switch", "improvement_threshold", "max_dendrites"):
+        flags = [f"--{name}", str(trial[name]), *flags]
+    library = {
+        "candidate_weight_initialization_multiplier": trial["init"],
+        "pai_forward_function": trial["forward"],
+    }
+    return {"seed": trial.get("seed", 42), "flags": flags, "library": library, "dropout": trial["dropout"]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data_dir", type=Path, help="folder with MNIST's IDX files; else what the script finds")
+    parser.add_argument("--results", type=Path, default=RESULTS.with_name("search.jsonl"))
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
+    parser.add_argument("--trials", type=int, default=len(TRIALS), help="only so many")
+    args, flags = parser.parse_known_args()  # what it does not know goes to the script
+    if args.data_dir:
+        flags += ["--data_dir", str(args.data_dir.resolve())]
+    trials = [BASE | trial for trial in TRIALS[: args.trials]]
+    known = [record["trial"] for record in recorded(args.results)]
+    todo = [({"trial": trial}, job(trial, flags), args.results) for trial in trials if trial not in known]
+    in_processes(lambda: todo.pop(0) if todo else None, args.processes)
+    for record in sorted(recorded(args.results), key=lambda record: record["validation_error"]):
+        cycles = " -> ".join(f"{100 * (1 - cycle['best_validation']):.2f}" for cycle in record["cycles"])
+        print(f"{cycles} %, {record['steps']:,} steps, {record['cpu_seconds']:.0f} s: {record['trial']}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""The benchmarks that measure what dendrites give: run at a tiny size, and their table recomputed from the records."""
+
+import json
+import math
+import os
+import re
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "dendrites.jsonl"
+TINY = ["--max_train_samples", "320", "--max_eval_samples", "50", "--eval_steps", "5", "--max_dendrites", "1"]
+
+
+def call(script, *flags):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, str(ROOT / "benchmarks" / script), *map(str, flags)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_campaign_records_its_runs_and_does_not_repeat_them(tmp_path):
+    results = tmp_path / "dendrites.jsonl"
+    flags = ["--results", results, "--groups", "a", "d", "--seeds", "7", "--processes", "1", *TINY]
+    first = call("dendrites.py", *flags, "--n_epochs_to_switch", "2")
+    with_dendrites, longer = [json.loads(line) for line in results.read_text().splitlines()]
+    assert (with_dendrites["group"], longer["group"]) == ("a", "d")
+    assert longer["steps"] == with_dendrites["steps"] == with_dendrites["cycle_ends"][-1]
+    assert longer["cycle_ends"] == with_dendrites["cycle_ends"]
+    assert (longer["dendrites"], longer["parameters"]) == (0, 1610)
+    written = results.read_bytes()
+    second = call("dendrites.py", *flags, "--n_epochs_to_switch", "2")
+    assert results.read_bytes() == written
+    table = first[first.index("| group") :]
+    assert table == second[second.index("| group") :]
+    assert f"| a | 4-8-16 | 1 | {with_dendrites['dendrites']:.1f} | {with_dendrites['parameters']:,} |" in table
+    assert results.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_search_records_its_trials(tmp_path):
+    results = tmp_path / "search.jsonl"
+    flags = ["--results", results, "--processes", "1", "--trials", "1", *TINY, "--max_steps", "5"]
+    printed = call("search.py", *flags)
+    (record,) = [json.loads(line) for line in results.read_text().splitlines()]
+    assert record["steps"] == 5
+    assert record["settings"]["learning_rate"] == record["trial"]["learning_rate"]
+    assert f"{100 * (1 - record['cycles'][0]['best_validation']):.2f} %, 5 steps" in printed
+    call("search.py", *flags)
+    assert len(results.read_text().splitlines()) == 1
+
+
+@pytest.mark.skipif(not RESULTS.is_file(), reason="no campaign is recorded")
+@pytest.mark.parametrize("data", [["--data_dir", "mnist"], []], ids=["complete", "default"])
+def test_the_table_is_that_of_the_records(data, tmp_path):
+    records = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+    records = [record for record in records if record["data"] == (data[-1] if data else "default")]
+    copy = tmp_path / "dendrites.jsonl"
+    copy.write_bytes(RESULTS.read_bytes())
+    table = call("dendrites.py", "--table", "--results", copy, *data)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("| ")]
+    rows = {(row[0], row[1]): row[2:] for row in rows[2:]}
+    assert sum(int(row[0]) for row in rows.values()) == len(records)
+    for (group, widths), row in rows.items():
+        runs = [r for r in records if r["group"] == group and widths in ("as (a)", "-".join(map(str, r["widths"])))]
+        assert len({run["seed"] for run in runs}) == len(runs) == int(row[0])
+        for column, name in ((1, "dendrites"), (2, "parameters"), (3, "steps"), (4, "cpu_seconds")):
+            tolerance = 0.06 if name == "dendrites" else 0.51
+            assert float(row[column].replace(",", "")) == pytest.approx(
+                sum(run[name] for run in runs) / len(runs), abs=tolerance
+            )
+        for column, name in ((5, "validation_error"), (6, "test_error")):
+            errors = [run[name] for run in runs]
+            mean = sum(errors) / len(errors)
+            spread = math.sqrt(sum((error - mean) ** 2 for error in errors) / max(len(errors) - 1, 1))
+            numbers = [float(number) for number in row[column].split(" ± ")]
+            assert numbers == pytest.approx([mean, spread][: len(numbers)], abs=0.0051)
+            assert (len(numbers) == 2) == (len(errors) > 1)
+    error = {(record["group"], record["seed"]): record["test_error"] for record in records}
+    for other, printed in re.findall(r"that of \((.)\), %: (-?[\d.]+)", table):
+        seeds = [seed for group, seed in error if group == "a" and (other, seed) in error]
+        reductions = [100 - 100 * error["a", seed] / error[other, seed] for seed in seeds]
+        assert float(printed) == pytest.approx(statistics.fmean(reductions), abs=0.051)
