@@ -707,6 +707,15 @@ class PerforatedTrainer(Trainer):
         with _library():
             model = UPA.prepare_final_model(self.model)
         member["optimizer_instance"] = optimizer
+        for name, layer in model.named_modules():
+            # Where there is one dendrite and the model was loaded, perforatedai 3.2.9 leaves out its output weights.
+            if (
+                isinstance(layer, CL.PAIModulePyThread)
+                and len(layer.layer_array) == 2
+                and not hasattr(layer, "skip_weights")
+            ):
+                weights = self.model.get_submodule(name).dendrites_to_top[-1].detach().clone()
+                layer.skip_weights = torch.nn.ParameterList([torch.nn.Parameter(weights)])
         names = {}
         for name, tensor in model.state_dict(keep_vars=True).items():
             names.setdefault(id(tensor), []).append(name)
