@@ -20,8 +20,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "bert.jsonl"
-# For each number of dendrites kept: the hidden and intermediate sizes of as many parameters, within 0.1 %
-WIDER = {1: "hidden_size=40,intermediate_size=132", 2: "hidden_size=44,intermediate_size=218"}
+WIDER = "hidden_size=40,intermediate_size=136"  # as many parameters as with one dendrite, within 0.1 %
+VARIANTS = {"dendrites": [], "wider": ["--doing_pai", "false", "--config_overrides", WIDER]}
 
 
 def recorded() -> dict[tuple[str, int], dict]:
@@ -29,41 +29,35 @@ def recorded() -> dict[tuple[str, int], dict]:
     return {(run["variant"], run["seed"]): run for run in map(json.loads, lines)}
 
 
-def train(variant: str, seed: int, flags: list[str]) -> dict:
-    """Train, unless it is recorded, and return the record."""
-    if (variant, seed) not in recorded():
-        with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, str(ROOT / "examples" / "bert_language_modeling_perforatedai.py"), *flags]
-            command += ["--save_name", "run", "--seed", str(seed)]
-            subprocess.run(command, cwd=folder, check=True, stdout=sys.stderr)
-            run = json.loads(Path(folder, "run", "results.json").read_text())
-        run = {
-            "variant": variant,
-            "seed": seed,
-            "flags": flags,
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        } | run
-        del run["command"]
-        with RESULTS.open("a") as file:
-            file.write(json.dumps(run) + "\n")
-    return recorded()[variant, seed]
+def train(variant: str, seed: int) -> None:
+    """Train and record, unless it is recorded."""
+    if (variant, seed) in recorded():
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        command = [
+            sys.executable,
+            str(ROOT / "examples" / "bert_language_modeling_perforatedai.py"),
+            *VARIANTS[variant],
+        ]
+        command += ["--save_name", "run", "--seed", str(seed)]
+        subprocess.run(command, cwd=folder, check=True, stdout=sys.stderr)
+        run = json.loads(Path(folder, "run", "results.json").read_text())
+    del run["command"], run["steps_per_second"]
+    machine = {"machine": f"{platform.machine()}, {os.cpu_count()} cores", "python": platform.python_version()}
+    run = {"variant": variant, "flags": VARIANTS[variant]} | run | machine
+    with RESULTS.open("a") as file:
+        file.write(json.dumps(run) + "\n")
 
 
-def train_seed(seed: int) -> None:
-    kept = train("dendrites", seed, [])["final"]["dendrites"]
-    if kept:
-        train("wider", seed, ["--doing_pai", "false", "--config_overrides", WIDER[kept]])
-
-
-def row(name: str, runs: list[dict], steps: list[int]) -> str:
-    """One line of the table: means over the seeds, and standard deviations."""
+def row(name: str, results: list[dict]) -> str:
+    """One line of the table: means over the seeds, and standard deviations of the perplexities."""
 
     def mean(values):
         return f"{statistics.mean(values):.2f} ± {statistics.stdev(values) if len(values) > 1 else math.nan:.2f}"
 
-    perplexities = [mean([math.exp(run[f"{part}_loss"]) for run in runs]) for part in ("validation", "test")]
-    parameters = statistics.mean(run["parameters"] for run in runs)
-    return f"| {name} | {len(runs)} | {parameters:,.0f} | {statistics.mean(steps):,.0f} | {' | '.join(perplexities)} |"
+    perplexities = [mean([math.exp(result[f"{part}_loss"]) for result in results]) for part in ("validation", "test")]
+    parameters, steps = (statistics.mean(result[key] for result in results) for key in ("parameters", "global_step"))
+    return f"| {name} | {len(results)} | {parameters:,.0f} | {steps:,.0f} | {' | '.join(perplexities)} |"
 
 
 def main() -> None:
@@ -71,17 +65,18 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44])
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     args = parser.parse_args()
+    jobs = [(variant, seed) for seed in args.seeds for variant in VARIANTS]
     with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(train_seed, args.seeds))
+        list(pool.map(train, *zip(*jobs, strict=True)))
     runs = [run for run in recorded().values() if run["seed"] in args.seeds]
     print("| BERT | seeds | parameters | steps | validation perplexity | test perplexity |\n" + "| --- " * 6 + "|")
-    cycles = [(cycle, run) for run in runs if run["variant"] == "dendrites" for cycle in run["cycles"]]
-    for count in sorted({cycle["dendrites"] for cycle, _ in cycles}):
-        some = [cycle for cycle, _ in cycles if cycle["dendrites"] == count]
-        print(row(f"{count} dendrites", some, [cycle["global_step"] for cycle in some]))
-    for variant, name in (("dendrites", "with dendrites, as kept"), ("wider", "wider, no dendrites")):
-        some = [run for run in runs if run["variant"] == variant]
-        print(row(name, [run["final"] for run in some], [run["global_step"] for run in some]))
+    found = [run for run in runs if run["variant"] == "dendrites"]
+    cycles = [cycle | {"validation_loss": cycle["best_validation"]} for run in found for cycle in run["cycles"]]
+    for count in sorted({cycle["dendrites"] for cycle in cycles}):
+        print(row(f"{count} dendrites", [cycle for cycle in cycles if cycle["dendrites"] == count]))
+    for variant, name in (("dendrites", "as saved, with dendrites"), ("wider", "wider, without dendrites")):
+        found = [run["final"] | {"global_step": run["global_step"]} for run in runs if run["variant"] == variant]
+        print(row(name, found))
 
 
 if __name__ == "__main__":

@@ -5,16 +5,12 @@
 Without flags: a small BERT from scratch, on the reference of the Python language that every Python carries; no network.
 """
 
-import json
 import math
 import re
-import shlex
-import shutil
 import sys
 import warnings
 from collections import Counter
-from dataclasses import dataclass, field
-from importlib.metadata import version
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 
@@ -27,7 +23,6 @@ from transformers import (
     BertConfig,
     BertTokenizer,
     DataCollatorForLanguageModeling,
-    HfArgumentParser,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainingArguments,
@@ -41,9 +36,12 @@ from perforated_trainer import (
     DendriteArguments,
     PerforatedError,
     PerforatedTrainer,
+    exit_status,
+    finished_results,
     ignore_shared_tensors,
+    main_process,
+    parse_arguments,
     perforate,
-    refuse_arguments,
 )
 
 # Chosen on validation scores. Any flag of TrainingArguments can be given on the command line.
@@ -60,14 +58,13 @@ DEFAULTS = {
     "learning_rate": 5e-3,
     "lr_scheduler_type": "reduce_lr_on_plateau",
     "metric_for_best_model": "loss",
-    "n_epochs_to_switch": 6,
+    "n_epochs_to_switch": 7,
     "improvement_threshold": [1e-3],
-    "max_dendrites": 2,
+    "max_dendrites": 1,
     "logging_nan_inf_filter": False,  # a loss that is not finite must be seen
-    "remove_unused_columns": False,  # the collator makes what the model takes
     "report_to": "none",
 }
-PLATEAU_DEFAULTS = {"factor": 0.3, "patience": 3, "threshold": 1e-3}  # a patience below n_epochs_to_switch
+PLATEAU_DEFAULTS = {"factor": 0.3, "patience": 3}  # a patience below n_epochs_to_switch
 # A BERT that learns in minutes on a CPU. No dropout: masks drawn anew each time keep so small a model from overfitting.
 SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 128}
 SMALL |= {"initializer_range": 0.1, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -169,16 +166,14 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> BertTokenizer:
     return BertTokenizer(vocab=tokenizer.get_vocab())
 
 
-def make_data(args: DataArguments, tokenizer: PreTrainedTokenizerBase, texts: dict[str, list[str]]):
-    """Return sequences of `max_seq_length` tokens for each part, and the collator.
-
-    Those for training are masked anew each time; the others once, so that their losses can be compared.
-    """
-    mask = DataCollatorForLanguageModeling(tokenizer, mlm_probability=args.mlm_probability)
-    mask_once = DataCollatorForLanguageModeling(tokenizer, mlm_probability=args.mlm_probability, seed=0)
+def make_data(args: DataArguments, mask: DataCollatorForLanguageModeling, texts: dict[str, list[str]]):
+    """Return sequences of `max_seq_length` tokens for each part; those of validation and test are masked, once."""
     size, parts = args.max_seq_length, {}
+    mask_once = replace(mask, seed=0)
     for part in ("train", "validation", "test"):
-        ids = list(chain.from_iterable(tokenizer(texts[part], verbose=False)["input_ids"])) if part in texts else []
+        ids = list(
+            chain.from_iterable(mask.tokenizer(texts[part], verbose=False)["input_ids"] if part in texts else [])
+        )
         limit = args.max_train_samples if part == "train" else args.max_eval_samples
         rows = [{"input_ids": ids[i : i + size]} for i in range(0, len(ids) - size + 1, size)][:limit]
         if not rows and part != "test":
@@ -186,7 +181,22 @@ def make_data(args: DataArguments, tokenizer: PreTrainedTokenizerBase, texts: di
         if rows:
             data = datasets.Dataset.from_list(rows) if part == "train" else datasets.Dataset.from_dict(mask_once(rows))
             parts[part] = data.with_format("torch")
-    return parts, lambda rows: default_data_collator(rows) if "labels" in rows[0] else mask(rows)
+    return parts
+
+
+class MaskingTrainer(PerforatedTrainer):
+    """Masks training sequences anew in each step, validation keeps its masks.
+
+    Not in the collator, as usual: batches are collated one ahead, and a resumed run would draw other masks.
+    """
+
+    def __init__(self, *args, mask: DataCollatorForLanguageModeling, **kwargs):
+        super().__init__(*args, data_collator=default_data_collator, **kwargs)
+        self.mask = mask
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        masked = self.mask([{"input_ids": ids} for ids in inputs["input_ids"].cpu()])
+        return super().training_step(model, masked, num_items_in_batch)
 
 
 def build_model(args: ModelArguments, max_seq_length: int, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -213,80 +223,48 @@ def build_model(args: ModelArguments, max_seq_length: int, tokenizer: PreTrained
     return AutoModelForMaskedLM.from_config(config)
 
 
-def parse_arguments(argv=None):
-    kinds = (ModelArguments, DataArguments, DendriteArguments, TrainingArguments)
-    parser = HfArgumentParser(kinds, description=__doc__)
-    parser.error = lambda message: sys.exit(fail(message))  # one line, not the page of flags
-    parser.set_defaults(output_dir=None, **DEFAULTS)
-    values = vars(parser.parse_args(argv))
-    values["output_dir"] = values["output_dir"] or values["save_name"]
-    if values["lr_scheduler_type"] == "reduce_lr_on_plateau" and values["lr_scheduler_kwargs"] is None:
-        values["lr_scheduler_kwargs"] = PLATEAU_DEFAULTS
+def check(*arguments) -> None:
     limits = {"mlm_probability": (0.01, 0.99), "validation_split_percentage": (1, 30), "max_seq_length": (8, 100_000)}
     limits |= {"max_train_samples": (1, math.inf), "max_eval_samples": (1, math.inf), "width": (0.01, 100)}
-    for name, (low, high) in limits.items():
-        if values[name] is not None and not low <= values[name] <= high:
-            raise PerforatedError(f"--{name} {values[name]}: it must lie between {low} and {high}")
-    refuse_arguments(values)  # before TrainingArguments finds other words for it
-    try:
-        return parser.parse_dict(values)
-    except (ValueError, ImportError, TypeError) as error:
-        raise PerforatedError(str(error).splitlines()[0]) from error
+    for name, value in chain.from_iterable(vars(args).items() for args in arguments):
+        low, high = limits.get(name, (-math.inf, math.inf))
+        if name in limits and value is not None and not low <= value <= high:
+            raise PerforatedError(f"--{name} {value}: it must lie between {low} and {high}")
 
 
-def fail(message: str, status: int = 2) -> int:
-    print(f"{Path(__file__).name}: error: {message}", file=sys.stderr)
-    return status
-
-
-def report(trainer: PerforatedTrainer, folder: Path, data: dict) -> None:
-    """Write `final/` and `results.json`, and print the table."""
-    final = {"dendrites": trainer.dendrites(), "parameters": trainer.parameters()}
-    final["validation_loss"] = trainer.evaluate()["eval_loss"]
-    if trainer.test_dataset is not None:
-        final["test_loss"] = trainer.evaluate(trainer.test_dataset, metric_key_prefix="test")["test_loss"]
-    if not trainer.args.should_save:
-        return
-    shutil.rmtree(folder / "final", ignore_errors=True)
-    trainer.save_model(str(folder / "final"))
-    names = {"best_validation": "validation_loss", "test_loss": "test_loss"}
-    names = {name: name for name in ("dendrites", "parameters", "global_step")} | names
-    packages = ("torch", "transformers", "tokenizers", "datasets", "perforatedai", "accelerate", "safetensors")
-    results = {
-        "stopped_by": trainer.stopped_by,
-        "dataset": data,
-        "seed": trainer.args.seed,
-        "cycles": [{names[key]: cycle[key] for key in names if key in cycle} for cycle in trainer.cycles()],
-        "final": final,
-        "global_step": trainer.state.global_step,
-        "train_seconds": round(trainer.train_seconds, 3),
-        "command": shlex.join(sys.argv),
-        "versions": {"python": sys.version.split()[0]} | {package: version(package) for package in packages},
-    }
-    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+def print_results(results: dict, folder: Path) -> None:
     print("\ndendrites  parameters  at step  validation loss  perplexity  test loss  perplexity")
     for cycle in results["cycles"]:
-        loss, test = cycle["validation_loss"], cycle.get("test_loss", math.nan)
+        loss, test = cycle["best_validation"], cycle.get("test_loss", math.nan)
         line = f"{cycle['dendrites']:9}  {cycle['parameters']:10,}  {cycle['global_step']:7,}  "
         print(f"{line}{loss:15.4f}  {math.exp(loss):10.2f}  {test:9.4f}  {math.exp(test):10.2f}")
-    print(f"final: {final['dendrites']} dendrites; stopped by {trainer.stopped_by}, {results['global_step']:,} steps")
+    final, steps = results["final"], results["global_step"]
+    print(f"final: {final['dendrites']} dendrites, validation perplexity {math.exp(final['validation_loss']):.2f}")
+    print(f"data: {results['dataset']['name']}; stopped by {results['stopped_by']} at step {steps:,}")
     print(f"model: {folder}/final   plot: {folder}/{folder}.png   results: {folder}/results.json")
 
 
 def run(argv=None) -> int:
-    warnings.simplefilter("ignore")
-    model_args, data_args, dendrite_args, training_args = parse_arguments(argv)
+    kinds = (ModelArguments, DataArguments, DendriteArguments, TrainingArguments)
+    model_args, data_args, dendrite_args, training_args = parse_arguments(kinds, argv, DEFAULTS, PLATEAU_DEFAULTS)
+    check(model_args, data_args)
+    folder = Path(dendrite_args.save_name)
+    if results := finished_results(dendrite_args, training_args):
+        print(f"the run in {folder} is complete")
+        print_results(results, folder)
+        return 0
     logging.disable_progress_bar()
     datasets.disable_progress_bars()
     set_seed(training_args.seed)
     name, texts = read_texts(data_args)
+    pretrained = model_args.tokenizer_name or model_args.model_name_or_path
     try:
-        pretrained = model_args.tokenizer_name or model_args.model_name_or_path
         if pretrained:
             tokenizer = AutoTokenizer.from_pretrained(pretrained)
         else:
             tokenizer = train_tokenizer(texts["train"], model_args.vocab_size)
-        parts, collate = make_data(data_args, tokenizer, texts)
+        mask = DataCollatorForLanguageModeling(tokenizer, mlm_probability=data_args.mlm_probability)
+        parts = make_data(data_args, mask, texts)
         model = build_model(model_args, data_args.max_seq_length, tokenizer)
     except (OSError, ValueError, TypeError) as error:
         raise PerforatedError(f"{pretrained or 'the model'}: {str(error).splitlines()[0]}") from error
@@ -295,37 +273,46 @@ def run(argv=None) -> int:
 
     ignore_shared_tensors()  # safetensors may write tied weights twice
     model = perforate(model, dendrite_args, training_args)
-    trainer = PerforatedTrainer(
+    trainer = MaskingTrainer(
         model=model,
         args=training_args,
         train_dataset=parts["train"],
         eval_dataset=parts["validation"],
         test_dataset=parts.get("test"),
-        data_collator=collate,
+        mask=mask,
         processing_class=tokenizer,
     )
     sizes = {part: len(data) for part, data in parts.items()}
     trainer.say(f"data: {name}; sequences: {', '.join(f'{size:,} {part}' for part, size in sizes.items())}")
     trainer.say(f"network: {type(model).__name__}, {trainer.parameters():,} parameters, on {training_args.device}")
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    if trainer.stopped_by == "signal":
-        command = shlex.join(["python", *sys.argv, "--resume_from_checkpoint", "true"])
-        trainer.say(f"stopped at step {trainer.state.global_step:,} with a checkpoint; to go on: {command}")
-        return 128 + trainer.signal
-    report(trainer, Path(dendrite_args.save_name), {"name": name, **sizes})
+
+    card = MODEL_CARD.replace("DATA", name)
+    results = trainer.save_results({"name": name, **sizes}, card, dendrite_args.testing_dendrite_capacity)
+    if main_process():
+        print_results(results, folder)
     return 0
+
+
+MODEL_CARD = """---
+library_name: transformers
+pipeline_tag: fill-mask
+tags: [perforated-ai, dendrites]
+---
+# BERT for masked-language modeling with {dendrites} dendrites a layer
+
+Trained on: DATA. Validation loss {validation_loss:.4f}, {parameters:,} parameters. To load it:
+
+    from perforated_trainer import load_perforated_model
+    from transformers import AutoTokenizer, BertForMaskedLM
+    model, tokenizer = load_perforated_model(BertForMaskedLM, "final"), AutoTokenizer.from_pretrained("final")
+"""
 
 
 def main(argv=None) -> int:
     """Run with the given flags, `sys.argv`'s by default; returns the exit status."""
-    try:
-        return run(argv)
-    except PerforatedError as error:
-        return fail(str(error), error.exit_status)
-    except OSError as error:
-        return fail(str(error), 1)
-    except KeyboardInterrupt:
-        return fail("interrupted", 130)
+    warnings.simplefilter("ignore")
+    return exit_status(run, argv)
 
 
 if __name__ == "__main__":
