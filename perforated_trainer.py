@@ -702,8 +702,11 @@ class PerforatedTrainer(Trainer):
 
     def deployed_model(self) -> PreTrainedModel:
         """A copy of the model without training scaffolding; same logits to the last bit."""
+        member = GPA.pai_tracker.member_vars
+        optimizer, member["optimizer_instance"] = member["optimizer_instance"], None  # copying clears its gradients
         with _library():
             model = UPA.prepare_final_model(self.model)
+        member["optimizer_instance"] = optimizer
         names = {}
         for name, tensor in model.state_dict(keep_vars=True).items():
             names.setdefault(id(tensor), []).append(name)

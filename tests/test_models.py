@@ -47,7 +47,10 @@ def folder(tmp_path, monkeypatch):
 
 
 class TrainedOnce(TrainerCallback):
-    """Before and after each restructure, the optimizer has each parameter that can be trained, and has it once."""
+    """At each step the optimizer has each parameter that can be trained, has it once, and there are gradients."""
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        assert any(parameter.grad is not None for parameter in model.parameters())
 
     def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
         trained = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
