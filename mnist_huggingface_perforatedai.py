@@ -160,8 +160,9 @@ class ImageTensors(torch.utils.data.Dataset):
 
     def __init__(self, images: torch.Tensor, labels: torch.Tensor):
         """`images`: uint8 (N, 28, 28), `labels`: integers (N,)."""
-        normalise = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize((0.1307,), (0.3081,))])
-        self.images, self.labels = normalise(images.unsqueeze(1)), labels.long()
+        normalise = v2.Normalize((0.1307,), (0.3081,), inplace=True)
+        self.images = normalise(v2.functional.to_dtype(images.unsqueeze(1), torch.float32, scale=True))
+        self.labels = labels.long()
 
     def __len__(self):
         return len(self.labels)

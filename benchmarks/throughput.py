@@ -42,6 +42,7 @@ def worker(args) -> dict:
     """One process, as the tracker is one per process: measure what `args.part` names."""
     import torch
     from perforatedai import globals_perforatedai as GPA
+    from perforatedai import utils_perforatedai as UPA
     from torchvision.transforms import v2
     from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator, set_seed
     from transformers.utils import logging
@@ -55,11 +56,14 @@ def worker(args) -> dict:
     class Clock(TrainerCallback):
         """Times `steps` steps after a warm-up."""
 
+        def __init__(self, warm_up, steps):
+            self.warm_up, self.steps = warm_up, steps
+
         def on_step_end(self, arguments, state, control, **kwargs):
-            if state.global_step == warm_up:
+            if state.global_step == self.warm_up:
                 self.began = time.perf_counter()
-            elif state.global_step == warm_up + steps:
-                self.speed = steps / (time.perf_counter() - self.began)
+            elif state.global_step == self.warm_up + self.steps:
+                self.speed = self.steps / (time.perf_counter() - self.began)
                 raise Done
 
     class Images(torch.utils.data.Dataset):
@@ -85,12 +89,10 @@ def worker(args) -> dict:
     logging.disable_progress_bar()
     torch.set_num_threads(1)
     set_seed(0)
-    warm_up, steps = max(2, args.steps // 10), args.steps
-    eval_steps = {"restructure": steps, "evaluation": max(1, args.evaluation_steps // 5)}  # 500 of 2,500 by default
+    eval_steps = {"restructure": 10, "evaluation": max(1, args.evaluation_steps // 5)}  # 500 of 2,500 by default
     flags = script.TRAINING_DEFAULTS | {
         "output_dir": "run",
         "use_cpu": True,
-        "per_device_train_batch_size": args.batch_size,
         "eval_steps": eval_steps.get(args.part, 10**9),
         "save_steps": args.evaluation_steps,
         "save_strategy": "steps" if args.part == "evaluation" else "no",
@@ -132,13 +134,13 @@ def worker(args) -> dict:
         with contextlib.redirect_stdout(sys.stderr):
             GPA.pai_tracker.add_validation_score(score, model, force_switch=True)
 
-    def bare_loop():
+    def bare_loop(batch_size, warm_up, steps):
         optimizer = torch.optim.AdamW(model.parameters(), lr=training.learning_rate, fused=True)
-        pixel_values, labels = tensors[list(range(len(tensors)))].values()
+        pixel_values, labels = tensors[:].values()
         parameters, done = list(model.parameters()), 0
         model.train()
         while True:
-            for index in torch.randperm(len(tensors)).split(args.batch_size)[: len(tensors) // args.batch_size]:
+            for index in torch.randperm(len(tensors)).split(batch_size)[: len(tensors) // batch_size]:
                 if done == warm_up:
                     began = time.perf_counter()
                 model(pixel_values[index], labels[index]).loss.backward()
@@ -149,56 +151,66 @@ def worker(args) -> dict:
                 if done == warm_up + steps:
                     return steps / (time.perf_counter() - began)
 
-    def speed(case):
+    def speed(case, batch_size=64):
         """Steps a second of one run."""
+        steps = args.steps if batch_size == 64 else max(4, args.steps // 4)
+        warm_up = max(2, steps // 10)
         if case == "bare loop":
-            return bare_loop()
+            return bare_loop(batch_size, warm_up, steps)
+        training.per_device_train_batch_size = batch_size
         data = per_image if case == "torchvision" else tensors
-        clock = Clock()
+        clock = Clock(warm_up, steps)
         few = torch.utils.data.Subset(data, range(10))  # PerforatedTrainer wants an eval_dataset
         run(PerforatedTrainer if case == "script" else Trainer, clock, data, eval_dataset=few)
         return clock.speed
 
+    def deployed():
+        with contextlib.redirect_stdout(sys.stderr):
+            return UPA.prepare_final_model(model)
+
     def peak():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # MiB; Linux counts in KiB
+
+    def grow(last):
+        """The network with each number of dendrites up to the last."""
+        yield 0
+        for count in range(1, last + 1):
+            add_dendrite()
+            yield count
 
     if args.part == "memory":
         speed(args.case)
         return {"peak": peak()}
     if args.part == "growth":
         points = []
-        for count in range(args.dendrites + 1):
+        for _ in grow(args.dendrites):
             rates = [speed("script") for _ in range(args.repeats)]
-            points.append({"milliseconds": 1000 / statistics.median(rates), "peak": peak()})
-            points[-1]["parameters"] = sum(p.numel() for p in model.parameters() if p.grad is not None)
-            if count < args.dendrites:
-                add_dendrite()
+            parameters = sum(p.numel() for p in deployed().parameters())
+            points.append([parameters, 1000 / statistics.median(rates), round(peak())])
         return {"points": points}
     if args.part == "speed":
-        for _ in range(args.dendrites):
-            add_dendrite()
-        runs = {case: [] for case in CASES}
-        for _ in range(args.repeats):
-            for case in CASES:
-                runs[case].append(speed(case))
-        from perforatedai import utils_perforatedai as UPA
-
-        model.eval()
-        with contextlib.redirect_stdout(sys.stderr):
-            UPA.prepare_final_model(model).save_pretrained("final")
-        models = {"scaffolded": model, "final": load_perforated_model(type(model), "final")}
-        batch = validation[list(range(min(1000, len(validation))))]["pixel_values"]
-        rates = {name: [] for name in models}
-        for turn in range(args.repeats + 1):  # the first is the warm-up
-            for name, network in models.items():
-                with torch.no_grad():
-                    began = time.perf_counter()
-                    for _ in range(max(1, steps // 10)):
-                        logits = network(batch).logits
-                    seconds = time.perf_counter() - began
-                if turn:
-                    rates[name].append(logits.numel() * max(1, steps // 10) / seconds)
-        return {"steps": runs, "logits": rates}
+        steps, logits = [], []
+        for dendrites in grow(3):
+            if dendrites not in (0, 3):
+                continue
+            for batch_size in (64, 512):
+                turns = [[speed(case, batch_size) for case in CASES] for _ in range(args.repeats)]
+                medians = [statistics.median(column) for column in zip(*turns, strict=True)]
+                ratios = [statistics.median(turn[0] / turn[case] for turn in turns) for case in (1, 2, 3)]
+                steps.append([dendrites, batch_size, *medians, *ratios])
+            deployed().save_pretrained("final")
+            models, turns = (model.eval(), load_perforated_model(type(model), "final")), []
+            images = validation[:1000]["pixel_values"]
+            for _ in range(args.repeats + 1):
+                turns.append([])
+                for network in models:
+                    with torch.no_grad():
+                        began = time.perf_counter()
+                        count = sum(network(images).logits.numel() for _ in range(max(1, args.steps // 10)))
+                        turns[-1].append(count / (time.perf_counter() - began))
+            medians = [statistics.median(column) for column in zip(*turns[1:], strict=True)]  # the first warms up
+            logits.append([dendrites, *medians, statistics.median(b / a for a, b in turns[1:])])
+        return {"steps": steps, "logits": logits}
 
     class Timed(PerforatedTrainer):
         """Seconds in the forward passes of evaluations, apart from the tracker's work."""
@@ -267,11 +279,10 @@ def main() -> None:
     )
     parser.add_argument("--evaluation_steps", type=int, default=2500, help="steps to measure bookkeeping over")
     parser.add_argument("--max_dendrites", type=int, default=8, help="how far the growth is measured")
-    parser.add_argument("--widths", type=int, nargs="+", default=[1, 2, 4, 8], help="multiples of widths 4-8-16")
+    parser.add_argument("--widths", type=int, nargs="+", default=[2, 4, 8], help="multiples of widths 4-8-16")
     parser.add_argument("--part", help=argparse.SUPPRESS)
     parser.add_argument("--case", help=argparse.SUPPRESS)
     parser.add_argument("--dendrites", type=int, default=0, help=argparse.SUPPRESS)
-    parser.add_argument("--batch_size", type=int, default=64, help=argparse.SUPPRESS)
     parser.add_argument("--width", type=int, default=1, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.part:
@@ -290,36 +301,21 @@ def main() -> None:
     print(f"{platform.machine()}, {os.cpu_count()} cores, one thread, Python {platform.python_version()}, {versions}; ")
     print(f"seed 0; medians of {args.repeats}; `{shlex.join(['python', *sys.argv])}`")
 
-    rows, logits = [], []
-    for dendrites in (0, 3):
-        for batch_size in (64, 512):
-            steps = args.steps if batch_size == 64 else max(4, args.steps // 4)
-            result = measure("speed", dendrites=dendrites, batch_size=batch_size, steps=steps)
-            rates = {case: statistics.median(values) for case, values in result["steps"].items()}
-            row = [dendrites, batch_size, *rates.values()]
-            for other in ("torchvision", "tensors", "bare loop"):  # of runs that followed one another
-                pairs = zip(result["steps"]["script"], result["steps"][other], strict=True)
-                row.append(statistics.median(a / b for a, b in pairs))
-            rows.append(row)
-        final, scaffolded = (result["logits"][name] for name in ("final", "scaffolded"))
-        ratio = statistics.median(a / b for a, b in zip(final, scaffolded, strict=True))
-        logits.append([dendrites, statistics.median(scaffolded), statistics.median(final), ratio])
-    table(
-        "dendrites | batch | script, steps/s | torchvision | tensors | bare loop | / torchvision | / tensors | / bare",
-        rows,
-    )
-    table("dendrites | scaffolded, logits/s | final, logits/s | ratio", logits)
+    result = measure("speed")
+    head = "dendrites | batch | script, steps/s | per image | tensors | bare loop | / per image | / tensors | / bare"
+    table(head, result["steps"])
+    table("dendrites | scaffolded, logits/s | final, logits/s | final / scaffolded", result["logits"])
 
     start = ["-c", START, "--save_name", "run", "--use_cpu"]
     start += ["--data_dir", args.data_dir] if args.data_dir else []
-    times = [(launch(["-c", IMPORTS])[1], launch(start)[1]) for _ in range(args.repeats + 1)][1:]
+    times = [(launch(["-c", IMPORTS])[1], launch(start)[1]) for _ in range(args.repeats)]
     imports, first = (statistics.median(column) for column in zip(*times, strict=True))
     peaks = [[measure("memory", case=case)["peak"] for case in CASES[:2]] for _ in range(min(3, args.repeats))]
     ours, usual = (statistics.median(column) for column in zip(*peaks, strict=True))
     cost = measure("evaluation")
     training = cost["total"] - cost["pauses"]
     work = cost["pauses"] - cost["forward"]
-    restructure = measure("restructure", steps=10)["restructure"]
+    restructure, between = measure("restructure")["restructure"], 500 / result["steps"][0][2]
     table(
         "measure | value | beside | ratio",
         [
@@ -328,27 +324,17 @@ def main() -> None:
             ["evaluations' bookkeeping (s), beside training", work, training, work / training],
             ["a graph (s), beside the 60 s between two", cost["graph"], 60.0, cost["graph"] / 60],
             ["evaluations' forward passes (s), beside training", cost["forward"], training, cost["forward"] / training],
-            [
-                "a restructure, last step to next (s), beside 500 steps",
-                restructure,
-                500 / rows[0][2],
-                restructure * rows[0][2] / 500,
-            ],
+            ["a restructure, last step to next (s), beside 500 steps", restructure, between, restructure / between],
         ],
     )
     points = measure("growth", dendrites=args.max_dendrites)["points"]
-    table(
-        "dendrites | parameters trained | ms a step | peak memory (MiB)",
-        [[n, p["parameters"], p["milliseconds"], round(p["peak"])] for n, p in enumerate(points)],
-    )
-    slope, constant = numpy.polyfit(range(len(points)), [p["milliseconds"] for p in points], 1)
+    table("dendrites | parameters | ms a step | peak memory (MiB)", [[n, *point] for n, point in enumerate(points)])
+    slope, constant = numpy.polyfit(range(len(points)), [point[1] for point in points], 1)
     print(f"\nfitted: {constant:.3g} ms and {slope:.3g} ms a dendrite")
-    wide = [measure("growth", width=width)["points"][0] for width in args.widths]
-    table(
-        "width | parameters trained | ms a step | peak memory (MiB)",
-        [[w, p["parameters"], p["milliseconds"], round(p["peak"])] for w, p in zip(args.widths, wide, strict=True)],
-    )
-    power = numpy.polyfit(numpy.log(args.widths), numpy.log([p["milliseconds"] for p in wide]), 1)[0]
+    widths = [1, *args.widths]
+    points = [points[0]] + [measure("growth", width=width)["points"][0] for width in args.widths]
+    table("width | parameters | ms a step | peak memory (MiB)", [[w, *p] for w, p in zip(widths, points, strict=True)])
+    power = numpy.polyfit(numpy.log(widths), numpy.log([point[1] for point in points]), 1)[0]
     print(f"\nfitted: ms a step grow with the width to the power {power:.2f}")
 
 

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def test_throughput_prints_its_tables(tmp_path):
-    flags = "--repeats 1 --steps 4 --evaluation_steps 10 --max_dendrites 1 --widths 1 2".split()
+    flags = "--repeats 1 --steps 4 --evaluation_steps 10 --max_dendrites 1 --widths 2".split()
     command = [sys.executable, str(ROOT / "benchmarks" / "throughput.py"), *flags]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
