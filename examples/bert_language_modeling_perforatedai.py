@@ -10,7 +10,7 @@ import re
 import sys
 import warnings
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from transformers import (
     default_data_collator,
     set_seed,
 )
+from transformers.hf_argparser import HfArg
 from transformers.utils import logging
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # perforated_trainer.py of a clone
@@ -74,20 +75,18 @@ SMALL |= {"initializer_range": 0.1, "hidden_dropout_prob": 0.0, "attention_probs
 class ModelArguments:
     """Which BERT to train, and how large."""
 
-    model_name_or_path: str | None = field(default=None, metadata={"help": "Model to go on from, a folder or a name."})
-    config_overrides: str | None = field(
-        default=None, metadata={"help": "Changes of the small BERT's config: hidden_size=64,num_hidden_layers=2"}
+    model_name_or_path: str | None = HfArg(default=None, help="Model to go on from, a folder or a name.")
+    config_overrides: str | None = HfArg(
+        default=None, help="Changes of the small BERT's config: hidden_size=64,num_hidden_layers=2"
     )
-    tokenizer_name: str | None = field(
-        default=None, metadata={"help": "Default: the tokenizer of the model, or one trained on the training text."}
+    tokenizer_name: str | None = HfArg(
+        default=None, help="Default: the tokenizer of the model, or one trained on the training text."
     )
-    vocab_size: int = field(default=1000, metadata={"help": "Entries of a tokenizer that is trained here."})
-    width: float = field(
+    vocab_size: int = HfArg(default=1000, help="Entries of a tokenizer that is trained here.")
+    width: float = HfArg(
         default=1.0,
-        metadata={
-            "help": "Factor on intermediate_size and hidden_size, that one rounded to two for each attention head. "
-            "Other than 1 it starts from random weights: those of a model that was named do not fit another width."
-        },
+        help="Factor on intermediate_size and hidden_size, that one rounded to two for each attention head. "
+        "Other than 1 it starts from random weights: those of a model that was named do not fit another width.",
     )
 
 
@@ -95,19 +94,17 @@ class ModelArguments:
 class DataArguments:
     """Which text to train on, and how it is cut and masked."""
 
-    dataset_name: str | None = field(default=None, metadata={"help": "Text data set of the Hub."})
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration."})
-    train_file: str | None = field(default=None, metadata={"help": "Text to train on: a txt, csv or json file."})
-    validation_file: str | None = field(default=None, metadata={"help": "Text that decides on dendrites."})
-    validation_split_percentage: int = field(
-        default=10, metadata={"help": "Without a validation part: what is kept apart for it, and as much for a test."}
+    dataset_name: str | None = HfArg(default=None, help="Text data set of the Hub.")
+    dataset_config_name: str | None = HfArg(default=None, help="Its configuration.")
+    train_file: str | None = HfArg(default=None, help="Text to train on: a txt, csv or json file.")
+    validation_file: str | None = HfArg(default=None, help="Text that decides on dendrites.")
+    validation_split_percentage: int = HfArg(
+        default=10, help="Without a validation part: what is kept apart for it, and as much for a test."
     )
-    max_seq_length: int = field(
-        default=32, metadata={"help": "Tokens in a sequence: the text is cut into such blocks."}
-    )
-    mlm_probability: float = field(default=0.15, metadata={"help": "Share of the tokens that are to be predicted."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on this many sequences at most."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on this many sequences at most."})
+    max_seq_length: int = HfArg(default=32, help="Tokens in a sequence: the text is cut into such blocks.")
+    mlm_probability: float = HfArg(default=0.15, help="Share of the tokens that are to be predicted.")
+    max_train_samples: int | None = HfArg(default=None, help="Train on this many sequences at most.")
+    max_eval_samples: int | None = HfArg(default=None, help="Evaluate on this many sequences at most.")
 
 
 def read_python_reference() -> list[str]:

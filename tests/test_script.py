@@ -378,6 +378,25 @@ def test_a_loss_that_is_not_finite_ends_the_run(script, small, tmp_path, capfd):
     assert not list((tmp_path / "broken").glob("checkpoint-*")), "no checkpoint of a broken network"
 
 
+def test_the_readmes_worked_case(tmp_path):
+    """README's case for another model runs as it stands, here with little data and few steps."""
+    (case,) = re.findall(r"```python\n(from transformers.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    few = {
+        "DataArguments()": "DataArguments(max_train_samples=200, max_eval_samples=50)",
+        "num_train_epochs=1_000_000": "max_steps=20, use_cpu=True",
+        "eval_steps=500": "eval_steps=2",
+        "n_epochs_to_switch=5": "testing_dendrite_capacity=True",
+    }
+    for given, small in few.items():
+        assert case.count(given) == 1
+        case = case.replace(given, small)
+    case += "from perforated_trainer import load_perforated_model\n"
+    case += (
+        "load_perforated_model(ResNetForImageClassification, 'resnet/final')\nprint(trainer.dendrites(), 'dendrites')"
+    )
+    assert "3 dendrites" in python(case, tmp_path)
+
+
 def test_the_readmes_table_is_that_of_the_stored_results():
     readme, stored = (ROOT / "README.md").read_text(), ROOT / "benchmarks" / "results" / "mnist_seed42.json"
     for cycle in json.loads(stored.read_text())["cycles"]:
