@@ -10,7 +10,7 @@ import re
 import sys
 import warnings
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from transformers import (
     default_data_collator,
     set_seed,
 )
+from transformers.hf_argparser import HfArg
 from transformers.utils import logging
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # perforated_trainer.py of a clone
@@ -65,7 +66,7 @@ DEFAULTS = {
     "report_to": "none",
 }
 PLATEAU_DEFAULTS = {"factor": 0.3, "patience": 3}  # a patience below n_epochs_to_switch
-# A BERT that learns in minutes on a CPU. No dropout: masks drawn anew each time keep so small a model from overfitting.
+# A BERT that learns in minutes on a CPU. No dropout: it only slowed so small a model, masked anew in each step.
 SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 128}
 SMALL |= {"initializer_range": 0.1, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
@@ -74,20 +75,18 @@ SMALL |= {"initializer_range": 0.1, "hidden_dropout_prob": 0.0, "attention_probs
 class ModelArguments:
     """Which BERT to train, and how large."""
 
-    model_name_or_path: str | None = field(default=None, metadata={"help": "Model to go on from, a folder or a name."})
-    config_overrides: str | None = field(
-        default=None, metadata={"help": "Changes of the small BERT's config: hidden_size=64,num_hidden_layers=2"}
+    model_name_or_path: str | None = HfArg(default=None, help="Model to go on from, a folder or a name.")
+    config_overrides: str | None = HfArg(
+        default=None, help="Changes of the small BERT's config: hidden_size=64,num_hidden_layers=2"
     )
-    tokenizer_name: str | None = field(
-        default=None, metadata={"help": "Default: the tokenizer of the model, or one trained on the training text."}
+    tokenizer_name: str | None = HfArg(
+        default=None, help="Default: the tokenizer of the model, or one trained on the training text."
     )
-    vocab_size: int = field(default=1000, metadata={"help": "Entries of a tokenizer that is trained here."})
-    width: float = field(
+    vocab_size: int = HfArg(default=1000, help="Entries of a tokenizer that is trained here.")
+    width: float = HfArg(
         default=1.0,
-        metadata={
-            "help": "Factor on intermediate_size and hidden_size, that one rounded to two for each attention head. "
-            "Other than 1 it starts from random weights: those of a model that was named do not fit another width."
-        },
+        help="Factor on intermediate_size and hidden_size, that one rounded to two for each attention head. Other than "
+        "1 it starts from random weights: those of a model that was named do not fit another width.",
     )
 
 
@@ -95,19 +94,17 @@ class ModelArguments:
 class DataArguments:
     """Which text to train on, and how it is cut and masked."""
 
-    dataset_name: str | None = field(default=None, metadata={"help": "Text data set of the Hub."})
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration."})
-    train_file: str | None = field(default=None, metadata={"help": "Text to train on: a txt, csv or json file."})
-    validation_file: str | None = field(default=None, metadata={"help": "Text that decides on dendrites."})
-    validation_split_percentage: int = field(
-        default=10, metadata={"help": "Without a validation part: what is kept apart for it, and as much for a test."}
+    dataset_name: str | None = HfArg(default=None, help="Text data set of the Hub.")
+    dataset_config_name: str | None = HfArg(default=None, help="Its configuration.")
+    train_file: str | None = HfArg(default=None, help="Text to train on: a txt, csv or json file.")
+    validation_file: str | None = HfArg(default=None, help="Text that decides on dendrites.")
+    validation_split_percentage: int = HfArg(
+        default=10, help="Without a validation part: what is kept apart for it, and as much for a test."
     )
-    max_seq_length: int = field(
-        default=32, metadata={"help": "Tokens in a sequence: the text is cut into such blocks."}
-    )
-    mlm_probability: float = field(default=0.15, metadata={"help": "Share of the tokens that are to be predicted."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on this many sequences at most."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on this many sequences at most."})
+    max_seq_length: int = HfArg(default=32, help="Tokens in a sequence: the text is cut into such blocks.")
+    mlm_probability: float = HfArg(default=0.15, help="Share of the tokens that are to be predicted.")
+    max_train_samples: int | None = HfArg(default=None, help="Train on this many sequences at most.")
+    max_eval_samples: int | None = HfArg(default=None, help="Evaluate on this many sequences at most.")
 
 
 def read_python_reference() -> list[str]:
@@ -147,9 +144,10 @@ def read_texts(args: DataArguments) -> tuple[str, dict[str, list[str]]]:
         name, texts = f"reference of Python {sys.version.split()[0]}", {"train": read_python_reference()}
     if "validation" not in texts:
         # Twenty paragraphs in a row go to the same part, so that most sequences lie whole in one.
-        every, whole, texts = round(100 / args.validation_split_percentage), texts["train"], {}
+        every, whole = round(100 / args.validation_split_percentage), texts["train"]
+        texts = {"train": [], "validation": [], "test": []}
         for index, text in enumerate(whole):
-            texts.setdefault({0: "validation", 1: "test"}.get(index // 20 % every, "train"), []).append(text)
+            texts[{0: "validation", 1: "test"}.get(index // 20 % every, "train")].append(text)
     return name, texts
 
 
@@ -171,9 +169,8 @@ def make_data(args: DataArguments, mask: DataCollatorForLanguageModeling, texts:
     size, parts = args.max_seq_length, {}
     mask_once = replace(mask, seed=0)
     for part in ("train", "validation", "test"):
-        ids = list(
-            chain.from_iterable(mask.tokenizer(texts[part], verbose=False)["input_ids"] if part in texts else [])
-        )
+        tokens = mask.tokenizer(texts[part], verbose=False)["input_ids"] if texts.get(part) else []
+        ids = list(chain.from_iterable(tokens))
         limit = args.max_train_samples if part == "train" else args.max_eval_samples
         rows = [{"input_ids": ids[i : i + size]} for i in range(0, len(ids) - size + 1, size)][:limit]
         if not rows and part != "test":
