@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+EXAMPLE = str(ROOT / "examples" / "bert_language_modeling_perforatedai.py")
 RESULTS = ROOT / "benchmarks" / "results" / "bert.jsonl"
 WIDER = "hidden_size=40,intermediate_size=136"  # as many parameters as with one dendrite, within 0.1 %
 VARIANTS = {"dendrites": [], "wider": ["--doing_pai", "false", "--config_overrides", WIDER]}
@@ -34,12 +35,7 @@ def train(variant: str, seed: int) -> None:
     if (variant, seed) in recorded():
         return
     with tempfile.TemporaryDirectory() as folder:
-        command = [
-            sys.executable,
-            str(ROOT / "examples" / "bert_language_modeling_perforatedai.py"),
-            *VARIANTS[variant],
-        ]
-        command += ["--save_name", "run", "--seed", str(seed)]
+        command = [sys.executable, EXAMPLE, "--save_name", "run", "--seed", str(seed), *VARIANTS[variant]]
         subprocess.run(command, cwd=folder, check=True, stdout=sys.stderr)
         run = json.loads(Path(folder, "run", "results.json").read_text())
     del run["command"], run["steps_per_second"]

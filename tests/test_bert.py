@@ -161,6 +161,7 @@ def test_width_shrinks_the_model(tmp_path):
         ("--config_overrides vocab_size=10", "10 tokens"),
         ("--mlm_probability 1.5", "--mlm_probability 1.5"),
         ("--max_seq_length 30000", "shorter than one sequence"),
+        ("--train_file short.txt", "the train text is shorter"),
         ("--width 0", "--width 0"),
         ("--model_name_or_path nowhere", "nowhere"),
         ("--dataset_name nobody/nothing", "nobody/nothing"),
@@ -170,6 +171,7 @@ def test_width_shrinks_the_model(tmp_path):
 )
 def test_bad_input_is_one_line(flags, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "short.txt").write_text("Only one line.\n")
     replaced = flags.split()[0]
     kept = TINY[:2] if replaced == "--max_seq_length" else TINY
     try:
