@@ -66,7 +66,7 @@ DEFAULTS = {
     "report_to": "none",
 }
 PLATEAU_DEFAULTS = {"factor": 0.3, "patience": 3}  # a patience below n_epochs_to_switch
-# A BERT that learns in minutes on a CPU. No dropout: masks drawn anew each time keep so small a model from overfitting.
+# A BERT that learns in minutes on a CPU. No dropout: it only slowed so small a model, masked anew in each step.
 SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 128}
 SMALL |= {"initializer_range": 0.1, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
@@ -85,8 +85,8 @@ class ModelArguments:
     vocab_size: int = HfArg(default=1000, help="Entries of a tokenizer that is trained here.")
     width: float = HfArg(
         default=1.0,
-        help="Factor on intermediate_size and hidden_size, that one rounded to two for each attention head. "
-        "Other than 1 it starts from random weights: those of a model that was named do not fit another width.",
+        help="Factor on intermediate_size and hidden_size, that one rounded to two for each attention head. Other than "
+        "1 it starts from random weights: those of a model that was named do not fit another width.",
     )
 
 
@@ -144,9 +144,10 @@ def read_texts(args: DataArguments) -> tuple[str, dict[str, list[str]]]:
         name, texts = f"reference of Python {sys.version.split()[0]}", {"train": read_python_reference()}
     if "validation" not in texts:
         # Twenty paragraphs in a row go to the same part, so that most sequences lie whole in one.
-        every, whole, texts = round(100 / args.validation_split_percentage), texts["train"], {}
+        every, whole = round(100 / args.validation_split_percentage), texts["train"]
+        texts = {"train": [], "validation": [], "test": []}
         for index, text in enumerate(whole):
-            texts.setdefault({0: "validation", 1: "test"}.get(index // 20 % every, "train"), []).append(text)
+            texts[{0: "validation", 1: "test"}.get(index // 20 % every, "train")].append(text)
     return name, texts
 
 
@@ -168,9 +169,8 @@ def make_data(args: DataArguments, mask: DataCollatorForLanguageModeling, texts:
     size, parts = args.max_seq_length, {}
     mask_once = replace(mask, seed=0)
     for part in ("train", "validation", "test"):
-        ids = list(
-            chain.from_iterable(mask.tokenizer(texts[part], verbose=False)["input_ids"] if part in texts else [])
-        )
+        tokens = mask.tokenizer(texts[part], verbose=False)["input_ids"] if texts.get(part) else []
+        ids = list(chain.from_iterable(tokens))
         limit = args.max_train_samples if part == "train" else args.max_eval_samples
         rows = [{"input_ids": ids[i : i + size]} for i in range(0, len(ids) - size + 1, size)][:limit]
         if not rows and part != "test":

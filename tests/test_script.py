@@ -43,7 +43,7 @@ def test_results(finished):
     assert (result["metric"], result["greater_is_better"], result["seed"]) == ("eval_accuracy", True, 42)
     assert [cycle["dendrites"] for cycle in result["cycles"]] == [0, 1, 2]
     parameters = [cycle["parameters"] for cycle in result["cycles"]]
-    assert parameters == [1610, 3220, 4944]
+    assert parameters == [1610, 3258, 4944]
     for cycle in result["cycles"]:
         assert set(cycle) == {"dendrites", "parameters", "global_step", "best_validation", "test_accuracy"}
     assert [c["global_step"] for c in result["cycles"]] == sorted(c["global_step"] for c in result["cycles"])
@@ -70,7 +70,7 @@ def test_step_epoch_and_history_go_on_through_restructures(finished):
 def test_output_is_plain_lines(finished):
     log = (finished / "log.txt").read_text()
     assert "cannot be reached" in log and "500 train, 200 validation, 200 test" in log
-    assert "0 -> 1 dendrites, 3,220 parameters" in log and "1 -> 2 dendrites" in log
+    assert "0 -> 1 dendrites, 3,258 parameters" in log and "1 -> 2 dendrites" in log
     assert re.search(r"final: \d dendrites", log) and "run/results.json" in log
     for noise in ("Warning", "Adding validation score", "PAI", "it/s", "Traceback", "{'"):
         assert noise not in log, noise
@@ -95,7 +95,7 @@ def test_tensorboard_has_dendrites_and_parameters(finished):
         for tag in events.Tags()["scalars"]:
             values.setdefault(tag, []).extend((event.step, event.value) for event in events.Scalars(tag))
     assert {value for _, value in values["train/dendrites"]} == {0, 1, 2}
-    assert {value for _, value in values["train/parameters"]} == {1610, 3220, 4944}
+    assert {value for _, value in values["train/parameters"]} == {1610, 3258, 4944}
     assert {step for step, _ in values["eval/accuracy"]} >= {
         cycle["global_step"] for cycle in results(finished)["cycles"]
     }
