@@ -85,10 +85,11 @@ def test_a_second_ctrl_c_ends_at_once():
     class Quiet:
         say = print
 
+    before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt), PerforatedTrainer._signals(Quiet()):
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 # ----------------------------------------------------------------------------------------------------------- resuming
@@ -177,7 +178,7 @@ FILES = "system.pt best_model.safetensors deployed/config.json deployed/model.sa
 FILES += ["scheduler.pt", "rng_state.pth", "trainer_state.json", "perforated.json.tmp"]
 
 
-@pytest.mark.parametrize(("name", "code"), zip(FILES, itertools.cycle([errno.ENOSPC, errno.EACCES]), strict=False))
+@pytest.mark.parametrize(("name", "code"), [*zip(FILES, itertools.cycle([errno.ENOSPC, errno.EACCES]), strict=False)])
 def test_a_write_that_fails(script, small, begun, capfd, monkeypatch, name, code):
     """Every way in which a checkpoint is written raises, as the operating system would, for one file of the next."""
 
