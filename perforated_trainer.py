@@ -777,6 +777,7 @@ class PerforatedTrainer(Trainer):
             self.state.best_global_step = None  # the tracker keeps the best model, the Trainer need not
             if self.args.should_save:
                 shutil.rmtree(folder, ignore_errors=True)  # left unfinished by a run that was killed
+                folder.mkdir(parents=True)  # the library's own mkdir fails where another process was first
             self.accelerator.wait_for_everyone()  # before other processes write their random state there
         if not self.args.should_save:
             return
