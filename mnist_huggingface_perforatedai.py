@@ -156,23 +156,27 @@ def compute_metrics(prediction) -> dict[str, float]:
 
 
 class ImageTensors(torch.utils.data.Dataset):
-    """Normalised images and labels in memory. A whole batch is one indexing operation, not one per image."""
+    """Images and labels in memory, a byte a pixel. A whole batch is one indexing operation, not one per image."""
 
     def __init__(self, images: torch.Tensor, labels: torch.Tensor):
         """`images`: uint8 (N, 28, 28), `labels`: integers (N,)."""
-        normalise = v2.Normalize((0.1307,), (0.3081,), inplace=True)
-        self.images = normalise(v2.functional.to_dtype(images.unsqueeze(1), torch.float32, scale=True))
-        self.labels = labels.long()
+        self.images, self.labels = images.unsqueeze(1), labels.long()
+        grey = v2.functional.to_dtype(torch.arange(256, dtype=torch.uint8).view(1, 16, 16), torch.float32, scale=True)
+        self.normalised = v2.functional.normalize(grey, [0.1307], [0.3081]).flatten()  # what each byte stands for
 
     def __len__(self):
         return len(self.labels)
 
     def __getitem__(self, index):
-        return {"pixel_values": self.images[index], "labels": self.labels[index]}
+        return self.batch(self.images[index], self.labels[index])
 
     def __getitems__(self, indices):  # what DataLoader calls with the indices of a batch
         indices = torch.tensor(indices)
-        return {"pixel_values": self.images.index_select(0, indices), "labels": self.labels.index_select(0, indices)}
+        return self.batch(self.images.index_select(0, indices), self.labels.index_select(0, indices))
+
+    def batch(self, images, labels):
+        pixel_values = self.normalised.index_select(0, images.flatten().int()).view(images.shape)
+        return {"pixel_values": pixel_values, "labels": labels}
 
 
 def read_idx(data_dir: str) -> list[torch.Tensor]:

@@ -143,7 +143,7 @@ def worker(args) -> dict:
             for index in torch.randperm(len(tensors)).split(batch_size)[: len(tensors) // batch_size]:
                 if done == warm_up:
                     began = time.perf_counter()
-                model(pixel_values[index], labels[index]).loss.backward()
+                model(pixel_values.index_select(0, index), labels.index_select(0, index)).loss.backward()
                 torch.nn.utils.clip_grad_norm_(parameters, training.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()

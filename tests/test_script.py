@@ -14,6 +14,7 @@ from pathlib import Path
 import kills
 import pytest
 import torch
+from torchvision.transforms import v2
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "mnist_huggingface_perforatedai.py"
@@ -108,8 +109,8 @@ from perforated_trainer import load_perforated_model
 test = load_data(DataArguments(max_train_samples=500, max_eval_samples=200))[3]
 model = load_perforated_model(MnistCnnForImageClassification, "run/final")
 with torch.no_grad():
-    torch.save(model(test.images).logits, "logits.pt")
-print(float((model(test.images).logits.argmax(-1) == test.labels).float().mean()))
+    torch.save(logits := model(test[:]["pixel_values"]).logits, "logits.pt")
+print(float((logits.argmax(-1) == test.labels).float().mean()))
 print(sum(p.numel() for p in model.parameters()))
 """
 
@@ -137,7 +138,7 @@ def test_reload_gives_the_trained_logits_to_the_last_bit(script, small, tmp_path
     assert trainers[0].dendrites() == (3 if "capacity" in flags else int(flags[-1]))
     model, test = trainers[0].model.eval(), trainers[0].test_dataset
     with torch.no_grad():
-        trained = model(test.images).logits
+        trained = model(test[:]["pixel_values"]).logits
     python(LOGITS, tmp_path)
     assert torch.equal(trained, torch.load(tmp_path / "logits.pt"))
 
@@ -246,8 +247,11 @@ def test_idx_files(tmp_path):
     write_idx(tmp_path)
     name, train, validation, test = load_data(DataArguments(data_dir=str(tmp_path), validation_split=0.25))
     assert "IDX" in name and (len(train), len(validation), len(test)) == (45, 15, 60)
-    assert train[[3, 4]]["pixel_values"].shape == (2, 1, 28, 28) and train.images.dtype == torch.float32
-    assert -0.43 < train.images.min() < train.images.max() < 2.83
+    assert train.images.dtype == torch.uint8  # a byte a pixel, normalised as torchvision does it
+    expected = v2.functional.to_dtype(train.images[[3, 4]], torch.float32, scale=True)
+    expected = v2.functional.normalize(expected, [0.1307], [0.3081])
+    for batch in (train[[3, 4]], train.__getitems__([3, 4])):
+        assert torch.equal(batch["pixel_values"], expected) and torch.equal(batch["labels"], train.labels[[3, 4]])
 
 
 def test_validation_is_the_same_for_every_seed_and_apart_from_training():
