@@ -9,6 +9,7 @@ Groups, all with the script's defaults; further flags go to the script:
     b  the same network without, same stopping rule
     c  a wider network without, at the parameter count that (a) of the same seed ended with
     d  (b) for as many steps as (a) of the same seed; optimizer, learning rate and dropout change where they did in (a)
+    f  (c) trained as (d): the wider network for as many steps, with the same changes
     e  at 1.5, 2 and 3 times the width, with dendrites (e+) and without (e-), three seeds; (a) and (b) are width 1
 
 One process a core, one JSON line a run in benchmarks/results/dendrites.jsonl; what is there is not run again.
@@ -161,8 +162,8 @@ def print_table(records: list[dict]) -> None:
     print("\n| group | widths | seeds | dendrites | parameters | steps | CPU s | validation error, % | test error, % |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     rows = {}
-    for record in records:  # the widths of (c) follow the number of dendrites that (a) kept
-        widths = "as (a)" if record["group"] == "c" else "-".join(map(str, record["widths"]))
+    for record in records:  # the widths of (c) and (f) follow the number of dendrites that (a) kept
+        widths = "as (a)" if record["group"] in "cf" else "-".join(map(str, record["widths"]))
         rows.setdefault((record["group"], len(widths), widths), []).append(record)
     for (group, _, widths), runs in sorted(rows.items()):
         cells = [group, widths, len(runs), f"{statistics.mean(run['dendrites'] for run in runs):.1f}"]
@@ -173,7 +174,7 @@ def print_table(records: list[dict]) -> None:
             cells.append(f"{statistics.mean(errors):.2f}{spread}")
         print("|", " | ".join(map(str, cells)), "|")
     print()
-    for other in "bcd":
+    for other in "bcdf":
         if text := reduction(records, other):
             print(f"test error of (a) lower than that of ({other}), %: {text}")
 
@@ -204,7 +205,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_dir", type=Path, help="folder with MNIST's IDX files")
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--groups", nargs="+", default=list("abcde"), choices=list("abcde"))
+    parser.add_argument("--groups", nargs="+", default=list("abcdfe"), choices=list("abcdfe"))
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--table", action="store_true", help="run nothing")
@@ -232,15 +233,15 @@ def main() -> None:
             job = {"seed": seed, "flags": flags, "widths": widths, "dendrites": group in ("a", "e+")}
             job["dropout"] = script.DENDRITE_DEFAULTS["dropout_with_dendrites"]
             same = [record for record in done if (record["group"], record["seed"]) == (group, seed)]
-            if any(group == "c" or record["widths"] == widths for record in same):
+            if any(group in "cf" or record["widths"] == widths for record in same):
                 todo.remove((group, widths, seed))
                 continue
-            if group in ("c", "d"):
+            if group in "cdf":
                 grown = [record for record in done if (record["group"], record["seed"]) == ("a", seed)]
                 if not grown:
                     continue
-                job["restarts"] = grown[0]["cycle_ends"] if group == "d" else None
-                job["widths"] = widths_for(grown[0]["parameters"]) if group == "c" else widths
+                job["restarts"] = grown[0]["cycle_ends"] if group in "df" else None
+                job["widths"] = widths_for(grown[0]["parameters"]) if group in "cf" else widths
             todo.remove((group, widths, seed))
             return label | {"group": group}, job, args.results
         return None

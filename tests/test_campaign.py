@@ -26,13 +26,15 @@ def call(script, *flags):
 
 def test_a_campaign_records_its_runs_and_does_not_repeat_them(tmp_path):
     results = tmp_path / "dendrites.jsonl"
-    flags = ["--results", results, "--groups", "a", "d", "--seeds", "7", "--processes", "1", *TINY]
+    flags = ["--results", results, "--groups", "a", "d", "f", "--seeds", "7", "--processes", "1", *TINY]
     first = call("dendrites.py", *flags, "--n_epochs_to_switch", "2")
-    with_dendrites, longer = [json.loads(line) for line in results.read_text().splitlines()]
-    assert (with_dendrites["group"], longer["group"]) == ("a", "d")
-    assert longer["steps"] == with_dendrites["steps"] == with_dendrites["cycle_ends"][-1]
-    assert longer["cycle_ends"] == with_dendrites["cycle_ends"]
-    assert (longer["dendrites"], longer["parameters"]) == (0, 1610)
+    with_dendrites, longer, wider = [json.loads(line) for line in results.read_text().splitlines()]
+    assert (with_dendrites["group"], longer["group"], wider["group"]) == ("a", "d", "f")
+    for without in (longer, wider):
+        assert without["steps"] == with_dendrites["steps"] == with_dendrites["cycle_ends"][-1]
+        assert (without["cycle_ends"], without["dendrites"]) == (with_dendrites["cycle_ends"], 0)
+    assert longer["parameters"] == 1610
+    assert wider["parameters"] == pytest.approx(with_dendrites["parameters"], rel=0.02)
     written = results.read_bytes()
     second = call("dendrites.py", *flags, "--n_epochs_to_switch", "2")
     assert results.read_bytes() == written
