@@ -591,10 +591,8 @@ class PerforatedTrainer(Trainer):
                     self.cycle_ended = False
                     self.optimizer = self.lr_scheduler = None
                     self.model_wrapped = self.model
-                    rate = self.model.dendrite_args.dropout_with_dendrites
-                    for module in self.model.modules() if self.dendrites() and rate is not None else ():
-                        if isinstance(module, torch.nn.Dropout):
-                            module.p = rate
+                    if self.dendrites():
+                        self.set_dropout(self.model.dendrite_args.dropout_with_dendrites)
                     # accelerate 1.15 marks a model that was evaluated before training as prepared, and then would not
                     # wrap it for several processes; there is no public way to take the mark off.
                     self.model._is_accelerate_prepared = False
@@ -618,6 +616,12 @@ class PerforatedTrainer(Trainer):
                 UPA.load_system(self.model, str(best.parent), best.stem, switch_call=True)
             self.draw()
         return output or TrainOutput(self.state.global_step, 0.0, {})
+
+    def set_dropout(self, rate: float | None) -> None:
+        """Set the rate of all dropout layers; None leaves them alone."""
+        for module in self.model.modules() if rate is not None else ():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = rate
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """As `Trainer.evaluate`; while training, the test data first, for the report."""

@@ -18,6 +18,8 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from jobs import recorded
+
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = str(ROOT / "examples" / "bert_language_modeling_perforatedai.py")
 RESULTS = ROOT / "benchmarks" / "results" / "bert.jsonl"
@@ -25,14 +27,9 @@ WIDER = "hidden_size=40,intermediate_size=136"  # as many parameters as with one
 VARIANTS = {"dendrites": [], "wider": ["--doing_pai", "false", "--config_overrides", WIDER]}
 
 
-def recorded() -> dict[tuple[str, int], dict]:
-    lines = RESULTS.read_text().splitlines() if RESULTS.is_file() else []
-    return {(run["variant"], run["seed"]): run for run in map(json.loads, lines)}
-
-
 def train(variant: str, seed: int) -> None:
     """Train and record, unless it is recorded."""
-    if (variant, seed) in recorded():
+    if any((run["variant"], run["seed"]) == (variant, seed) for run in recorded(RESULTS)):
         return
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, EXAMPLE, "--save_name", "run", "--seed", str(seed), *VARIANTS[variant]]
@@ -64,7 +61,7 @@ def main() -> None:
     jobs = [(variant, seed) for seed in args.seeds for variant in VARIANTS]
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(train, *zip(*jobs, strict=True)))
-    runs = [run for run in recorded().values() if run["seed"] in args.seeds]
+    runs = [run for run in recorded(RESULTS) if run["seed"] in args.seeds]
     print("| BERT | seeds | parameters | steps | validation perplexity | test perplexity |\n" + "| --- " * 6 + "|")
     found = [run for run in runs if run["variant"] == "dendrites"]
     cycles = [cycle | {"validation_loss": cycle["best_validation"]} for run in found for cycle in run["cycles"]]

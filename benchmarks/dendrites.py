@@ -60,19 +60,10 @@ def run(seed: int, flags: list[str], widths=WIDTHS, dendrites=True, restarts=Non
     `dropout`: the dropout rate from the first dendrite (with `restarts`: the first restart) on, None: unchanged.
     """
     import torch
-    from transformers import TrainerCallback, TrainingArguments, set_seed
+    from transformers import TrainingArguments, set_seed
 
     import mnist_huggingface_perforatedai as script
     from perforated_trainer import GPA, DendriteArguments, PerforatedTrainer, parse_arguments, perforate
-
-    class DropoutAtRestarts(TrainerCallback):
-        """What the trainer does where there are dendrites, for a network without."""
-
-        def on_train_begin(self, args, state, control, model=None, **kwargs):
-            if restarts is not None and state.global_step and dropout is not None:
-                for module in model.modules():
-                    if isinstance(module, torch.nn.Dropout):
-                        module.p = dropout
 
     class Quick(PerforatedTrainer):
         """Draws nothing; goes by `restarts`, not by the tracker, where there are some."""
@@ -91,8 +82,9 @@ def run(seed: int, flags: list[str], widths=WIDTHS, dendrites=True, restarts=Non
                     self.weights = {name: value.detach().clone() for name, value in self.model.named_parameters()}
                 self.complete = self.state.global_step >= restarts[-1]
                 self.cycle_ended = self.state.global_step in restarts
-                if self.cycle_ended:  # as the tracker does, which goes on from the best network
+                if self.cycle_ended:  # as where a dendrite comes: on from the best network, with another dropout
                     self.model.load_state_dict(self.weights, strict=False)
+                    self.set_dropout(dropout)
             if self.cycle_ended:
                 self.ends.append(self.state.global_step)
 
@@ -118,7 +110,6 @@ def run(seed: int, flags: list[str], widths=WIDTHS, dendrites=True, restarts=Non
         test_dataset=test,
         data_collator=lambda batch: batch,
         compute_metrics=script.compute_metrics,
-        callbacks=[DropoutAtRestarts()],
     )
     start = time.process_time()
     trainer.train()

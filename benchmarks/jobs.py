@@ -20,13 +20,18 @@ def run_apart(label: dict, job: dict, results: Path) -> None:
             print(f"{label} failed: {done.stderr[-2000:]}", file=sys.stderr)
             return
         record = label | json.loads(Path(folder, "record.json").read_text())
-    # The commit that is checked out, with a + where files differ from it.
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*"]
-    record["commit"] = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    # The commit that is checked out, with a + where files other than results differ from it.
+    changed = git("status", "--porcelain", "--untracked-files=no", ":(top)", ":(top,exclude)benchmarks/results")
+    record["commit"] = git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
     with open(results, "a") as file:  # one write of one line
         file.write(json.dumps(record) + "\n")
     print(f"{label}, seed {record['seed']}: {record['steps']:,} steps, ", end="")
     print(f"validation error {record['validation_error']:.2f} % with {record['dendrites']} dendrites", flush=True)
+
+
+def git(*arguments: str) -> str:
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
 
 def recorded(results: Path) -> list[dict]:
