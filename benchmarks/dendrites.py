@@ -31,6 +31,15 @@ sys.path.insert(0, str(ROOT))
 RESULTS = ROOT / "benchmarks" / "results" / "dendrites.jsonl"
 WIDTHS = [4, 8, 16]
 SEEDS = [42, 43, 44, 45, 46]
+NAMES = {  # in the order of the table
+    "b": "without dendrites",
+    "d": "without, as long as with",
+    "a": "with dendrites",
+    "c": "wider, without",
+    "f": "wider, as long as with",
+    "e-": "without",
+    "e+": "with dendrites",
+}
 SETTINGS = (
     "learning_rate lr_scheduler_type lr_scheduler_kwargs per_device_train_batch_size eval_steps max_dendrites "
     "n_epochs_to_switch improvement_threshold weight_decay max_grad_norm"
@@ -154,10 +163,12 @@ def print_table(records: list[dict]) -> None:
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     rows = {}
     for record in records:  # the widths of (c) and (f) follow the number of dendrites that (a) kept
-        widths = "as (a)" if record["group"] in "cf" else "-".join(map(str, record["widths"]))
-        rows.setdefault((record["group"], len(widths), widths), []).append(record)
-    for (group, _, widths), runs in sorted(rows.items()):
-        cells = [group, widths, len(runs), f"{statistics.mean(run['dendrites'] for run in runs):.1f}"]
+        widths = () if record["group"] in "cf" else tuple(record["widths"])
+        rows.setdefault((list(NAMES).index(record["group"]), widths), []).append(record)
+    for (index, widths), runs in sorted(rows.items()):
+        group, name = list(NAMES.items())[index]
+        cells = [f"{name} ({group})", "-".join(map(str, widths)) or "as (a)", len(runs)]
+        cells.append(f"{statistics.mean(run['dendrites'] for run in runs):.1f}")
         cells += [f"{statistics.mean(run[key] for run in runs):,.0f}" for key in ("parameters", "steps", "cpu_seconds")]
         for key in ("validation_error", "test_error"):
             errors = [run[key] for run in runs]

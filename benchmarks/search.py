@@ -13,7 +13,8 @@ from pathlib import Path
 from dendrites import RESULTS
 from jobs import in_processes, recorded
 
-# Flags of the script, settings of GPA.pc that it has no flag for, and the dropout rate in the cycles with dendrites.
+# Flags of the script (others under "flags"), settings of GPA.pc that it has no flag for, and the dropout rate in the
+# cycles with dendrites.
 BASE = {"learning_rate": 5e-3, "plateau": [0.3, 2], "n_epochs_to_switch": 10, "improvement_threshold": 1e-4}
 BASE |= {"init": 0.01, "forward": "sigmoid", "dropout": None, "max_dendrites": 2}
 QUICK = {"plateau": [0.3, 1], "n_epochs_to_switch": 6}
@@ -27,6 +28,10 @@ TRIALS = [
     SHARP | {"learning_rate": 1e-2},
     SHARP | {"init": 0.3},
     QUICK | {"dropout": 0.0, "n_epochs_to_switch": 4, "max_dendrites": 4},
+    QUICK | {"dropout": 0.0, "forward": "relu"},
+    QUICK | {"dropout": 0.0, "flags": ["--per_device_train_batch_size", "128"]},
+    QUICK | {"dropout": 0.0, "flags": ["--module_names_to_perforate", "Linear"]},
+    QUICK | {"dropout": 0.0, "plateau": [0.3, 2], "n_epochs_to_switch": 10},
 ]
 
 
@@ -34,7 +39,7 @@ def job(trial: dict, flags: list[str]) -> dict:
     """The arguments of dendrites.run for a trial."""
     factor, patience = trial["plateau"]
     plateau = f'{{"factor": {factor}, "patience": {patience}}}'
-    flags = ["--lr_scheduler_kwargs", plateau, *flags]
+    flags = ["--lr_scheduler_kwargs", plateau, *trial.get("flags", []), *flags]
     for name in ("learning_rate", "n_epochs_to_switch", "improvement_threshold", "max_dendrites"):
         flags = [f"--{name}", str(trial[name]), *flags]
     library = {

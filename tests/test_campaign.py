@@ -40,7 +40,10 @@ def test_a_campaign_records_its_runs_and_does_not_repeat_them(tmp_path):
     assert results.read_bytes() == written
     table = first[first.index("| group") :]
     assert table == second[second.index("| group") :]
-    assert f"| a | 4-8-16 | 1 | {with_dendrites['dendrites']:.1f} | {with_dendrites['parameters']:,} |" in table
+    assert (
+        f"| with dendrites (a) | 4-8-16 | 1 | {with_dendrites['dendrites']:.1f} | {with_dendrites['parameters']:,} |"
+        in table
+    )
     assert results.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -65,7 +68,7 @@ def test_the_table_is_that_of_the_records(data, tmp_path):
     copy.write_bytes(RESULTS.read_bytes())
     table = call("dendrites.py", "--table", "--results", copy, *data)
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("| ")]
-    rows = {(row[0], row[1]): row[2:] for row in rows[2:]}
+    rows = {(re.search(r"\((.+)\)", row[0])[1], row[1]): row[2:] for row in rows[2:]}
     assert sum(int(row[0]) for row in rows.values()) == len(records)
     for (group, widths), row in rows.items():
         runs = [r for r in records if r["group"] == group and widths in ("as (a)", "-".join(map(str, r["widths"])))]
