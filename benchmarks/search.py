@@ -28,9 +28,10 @@ TRIALS = [
     SHARP | {"learning_rate": 1e-2},
     SHARP | {"init": 0.3},
     QUICK | {"dropout": 0.0, "n_epochs_to_switch": 4, "max_dendrites": 4},
-    QUICK | {"dropout": 0.0, "forward": "relu"},
     QUICK | {"dropout": 0.0, "flags": ["--per_device_train_batch_size", "128"]},
+    QUICK | {"dropout": 0.0, "improvement_threshold": 1e-3},
     QUICK | {"dropout": 0.0, "flags": ["--module_names_to_perforate", "Linear"]},
+    QUICK | {"dropout": 0.0, "forward": "relu"},
     QUICK | {"dropout": 0.0, "plateau": [0.3, 2], "n_epochs_to_switch": 10},
 ]
 

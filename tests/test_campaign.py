@@ -90,3 +90,20 @@ def test_the_table_is_that_of_the_records(data, tmp_path):
         seeds = [seed for group, seed in error if group == "a" and (other, seed) in error]
         reductions = [100 - 100 * error["a", seed] / error[other, seed] for seed in seeds]
         assert float(printed) == pytest.approx(statistics.fmean(reductions), abs=0.051)
+
+
+@pytest.mark.parametrize(
+    "command", [["dendrites.py", "--table", "--data_dir", "mnist"], ["dendrites.py", "--table"], ["bert.py"]]
+)
+def test_the_readme_shows_what_is_recorded(command, tmp_path):
+    """Each row that is computed from the records, and each comparison, stands in README as it is printed."""
+    records = {path: path.read_bytes() for path in RESULTS.parent.iterdir()}
+    if "--table" in command:
+        copy = tmp_path / RESULTS.name  # the plot is drawn beside it
+        copy.write_bytes(records[RESULTS])
+        command = [*command, "--results", copy]
+    printed = [line for line in call(*command).splitlines() if line.startswith(("| ", "test error of"))]
+    assert len(printed) > 3
+    readme = (ROOT / "README.md").read_text().splitlines()
+    assert [line for line in printed if line not in readme and f"- {line}" not in readme] == []
+    assert {path: path.read_bytes() for path in RESULTS.parent.iterdir()} == records
