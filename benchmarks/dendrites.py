@@ -182,7 +182,7 @@ def print_table(records: list[dict]) -> None:
 
 
 def draw(records: list[dict], path: Path) -> None:
-    """Test error against deployed parameters, with and without dendrites."""
+    """Test error (mean and standard deviation of the seeds) against deployed parameters, with and without dendrites."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -193,12 +193,17 @@ def draw(records: list[dict], path: Path) -> None:
         runs, points = {}, []
         for record in (record for record in records if record["group"] in groups):
             runs.setdefault(tuple(record["widths"]), []).append((record["parameters"], record["test_error"]))
-        for values in runs.values():
+        for widths, values in runs.items():
             sizes, errors = zip(*values, strict=True)
             points.append((statistics.mean(sizes), statistics.mean(errors), statistics.pstdev(errors)))
+            place = {"xytext": (-6, -14), "ha": "right"} if "b" in groups else {"xytext": (0, 10), "ha": "center"}
+            axes.annotate("-".join(map(str, widths)), points[-1][:2], textcoords="offset points", **place)
         if points:
             axes.errorbar(*zip(*sorted(points), strict=True), fmt=style, capsize=3, label=label)
-    axes.set(xlabel="deployed parameters", ylabel="test error (%)", xscale="log")
+    axes.set(xlabel="deployed parameters", ylabel="test error (%)", xscale="log", xticks=(2e3, 5e3, 1e4, 2e4, 4e4))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.xaxis.set_minor_formatter("")
+    axes.margins(0.1)
     axes.legend()
     figure.savefig(path, dpi=100)
 
@@ -251,7 +256,8 @@ def main() -> None:
     if not args.table:
         in_processes(next_run, args.processes)
     print_table(mine())
-    draw(mine(), args.results.with_suffix(".png"))
+    if any(record["group"] == "e+" for record in mine()):
+        draw(mine(), args.results.with_suffix(".png"))
 
 
 if __name__ == "__main__":

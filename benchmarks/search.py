@@ -20,7 +20,7 @@ BASE |= {"init": 0.01, "forward": "sigmoid", "dropout": None, "max_dendrites": 2
 QUICK = {"plateau": [0.3, 1], "n_epochs_to_switch": 6}
 SHARP = {"plateau": [0.1, 2], "n_epochs_to_switch": 6, "dropout": 0.0}
 TRIALS = [
-    QUICK | {"dropout": 0.0},
+    QUICK | {"dropout": 0.0},  # became the script's defaults
     QUICK,
     QUICK | {"dropout": 0.0, "init": 0.1},
     QUICK | {"init": 0.1},
@@ -56,16 +56,23 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS.with_name("search.jsonl"))
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--trials", type=int, default=len(TRIALS), help="only so many")
+    parser.add_argument("--table", action="store_true", help="run nothing")
     args, flags = parser.parse_known_args()  # what it does not know goes to the script
     if args.data_dir:
         flags += ["--data_dir", str(args.data_dir.resolve())]
     trials = [BASE | trial for trial in TRIALS[: args.trials]]
     known = [record["trial"] for record in recorded(args.results)]
     todo = [({"trial": trial}, job(trial, flags), args.results) for trial in trials if trial not in known]
-    in_processes(lambda: todo.pop(0) if todo else None, args.processes)
+    if not args.table:
+        in_processes(lambda: todo.pop(0) if todo else None, args.processes)
+    print("\n| other than the defaults | commit | steps | CPU s | validation error with 0, 1 ... dendrites, % |")
+    print("| --- | --- | --- | --- | --- |")
     for record in sorted(recorded(args.results), key=lambda record: record["validation_error"]):
-        cycles = " -> ".join(f"{100 * (1 - cycle['best_validation']):.2f}" for cycle in record["cycles"])
-        print(f"{cycles} %, {record['steps']:,} steps, {record['cpu_seconds']:.0f} s: {record['trial']}")
+        other = {name: value for name, value in record["trial"].items() if value != (BASE | TRIALS[0]).get(name)}
+        words = (" ".join(value) if name == "flags" else f"{name} {value}" for name, value in other.items())
+        cycles = ", ".join(f"{100 * (1 - cycle['best_validation']):.2f}" for cycle in record["cycles"])
+        cells = [", ".join(words) or "nothing", record["commit"], f"{record['steps']:,}"]
+        print("|", " | ".join([*cells, f"{record['cpu_seconds']:.0f}", cycles]), "|")
 
 
 if __name__ == "__main__":
