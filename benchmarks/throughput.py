@@ -134,9 +134,11 @@ def worker(args) -> dict:
         with contextlib.redirect_stdout(sys.stderr):
             GPA.pai_tracker.add_validation_score(score, model, force_switch=True)
 
+    if args.part == "speed":
+        pixel_values, labels = tensors[:].values()  # floats
+
     def bare_loop(batch_size, warm_up, steps):
         optimizer = torch.optim.AdamW(model.parameters(), lr=training.learning_rate, fused=True)
-        pixel_values, labels = tensors[:].values()
         parameters, done = list(model.parameters()), 0
         model.train()
         while True:
@@ -194,7 +196,11 @@ def worker(args) -> dict:
             if dendrites not in (0, 3):
                 continue
             for batch_size in (64, 512):
-                turns = [[speed(case, batch_size) for case in CASES] for _ in range(args.repeats)]
+                turns = []
+                for turn in range(args.repeats):  # another case first in each
+                    order = CASES[turn % 4 :] + CASES[: turn % 4]
+                    speeds = {case: speed(case, batch_size) for case in order}
+                    turns.append([speeds[case] for case in CASES])
                 medians = [statistics.median(column) for column in zip(*turns, strict=True)]
                 ratios = [statistics.median(turn[0] / turn[case] for turn in turns) for case in (1, 2, 3)]
                 steps.append([dendrites, batch_size, *medians, *ratios])
