@@ -30,6 +30,7 @@ if not (3, 11) <= sys.version_info < (3, 13):
 
 import torch
 from torch import nn
+from torch.utils.data import Dataset, Subset
 from torchvision.transforms import v2
 from torchvision.transforms.functional import pil_to_tensor
 from transformers import (
@@ -155,7 +156,7 @@ def compute_metrics(prediction) -> dict[str, float]:
 # --------------------------------------------------------------------------------------------------- REPLACE: the data
 
 
-class ImageTensors(torch.utils.data.Dataset):
+class ImageTensors(Dataset):
     """Images and labels in memory, a byte a pixel. A whole batch is one indexing operation, not one per image."""
 
     def __init__(self, images: torch.Tensor, labels: torch.Tensor):
@@ -236,7 +237,7 @@ def read_embedded() -> list[torch.Tensor]:
     return [images[1000:], labels[1000:], images[:1000], labels[:1000]]
 
 
-def load_data(args: DataArguments) -> tuple[str, ImageTensors, ImageTensors, ImageTensors]:
+def load_data(args: DataArguments) -> tuple[str, Dataset, Dataset, Dataset]:
     """Return the data's name and three parts: train, validation (drives everything) and test (only reported)."""
     if not 0 < args.validation_split < 1:
         raise PerforatedError(f"--validation_split {args.validation_split}: it must lie between 0 and 1")
@@ -258,11 +259,12 @@ def load_data(args: DataArguments) -> tuple[str, ImageTensors, ImageTensors, Ima
     for part in (images, test_images):
         if part.shape[1:] != (28, 28):
             raise PerforatedError(f"{name}: images of {tuple(part.shape[1:])}, 28x28 grey ones are needed")
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))  # the same for every --seed
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)).tolist()  # the same for any --seed
     kept = max(1, round(len(labels) * args.validation_split))
     validation, train = order[:kept][: args.max_eval_samples], order[kept:][: args.max_train_samples]
+    data = ImageTensors(images, labels)
     test = ImageTensors(test_images[: args.max_eval_samples], test_labels[: args.max_eval_samples])
-    return name, ImageTensors(images[train], labels[train]), ImageTensors(images[validation], labels[validation]), test
+    return name, Subset(data, train), Subset(data, validation), test
 
 
 # ------------------------------------------------------------------------------------------------------ keep: the run
@@ -324,7 +326,7 @@ def run(argv=None) -> int:
     set_seed(training_args.seed)
     data_name, train, validation, test = load_data(data_args)
     sizes = {"train": len(train), "validation": len(validation), "test": len(test)}
-    model = MnistCnnForImageClassification(MnistCnnConfig(num_labels=int(train.labels.max()) + 1))
+    model = MnistCnnForImageClassification(MnistCnnConfig(num_labels=int(train.dataset.labels.max()) + 1))
 
     # ------------------------------------------------------------------------------------- DENDRITES: leave these alone
     ignore_shared_tensors()  # safetensors may write tied weights twice

@@ -207,7 +207,7 @@ def worker(args) -> dict:
             deployed().save_pretrained("final")
             models, turns = (model.eval(), load_perforated_model(type(model), "final")), []
             images = validation[:1000]["pixel_values"]
-            for _ in range(args.repeats + 1):
+            for _ in range(6 * args.repeats + 1):  # short ones
                 turns.append([])
                 for network in models:
                     with torch.no_grad():

@@ -247,11 +247,14 @@ def test_idx_files(tmp_path):
     write_idx(tmp_path)
     name, train, validation, test = load_data(DataArguments(data_dir=str(tmp_path), validation_split=0.25))
     assert "IDX" in name and (len(train), len(validation), len(test)) == (45, 15, 60)
-    assert train.images.dtype == torch.uint8  # a byte a pixel, normalised as torchvision does it
-    expected = v2.functional.to_dtype(train.images[[3, 4]], torch.float32, scale=True)
+    assert train.dataset is validation.dataset  # the images are in memory once
+    assert sorted([*train.indices, *validation.indices]) == list(range(60))
+    data, chosen = train.dataset, [train.indices[3], train.indices[4]]
+    assert data.images.dtype == torch.uint8  # a byte a pixel, normalised as torchvision does it
+    expected = v2.functional.to_dtype(data.images[chosen], torch.float32, scale=True)
     expected = v2.functional.normalize(expected, [0.1307], [0.3081])
     for batch in (train[[3, 4]], train.__getitems__([3, 4])):
-        assert torch.equal(batch["pixel_values"], expected) and torch.equal(batch["labels"], train.labels[[3, 4]])
+        assert torch.equal(batch["pixel_values"], expected) and torch.equal(batch["labels"], data.labels[chosen])
 
 
 def test_validation_is_the_same_for_every_seed_and_apart_from_training():
@@ -260,8 +263,9 @@ def test_validation_is_the_same_for_every_seed_and_apart_from_training():
     torch.manual_seed(1)
     _, train, validation, test = load_data(DataArguments())
     torch.manual_seed(2)
-    assert torch.equal(validation.images, load_data(DataArguments())[2].images)
-    parts = [{image.numpy().tobytes() for image in part.images} for part in (train, validation, test)]
+    images = [part[:]["pixel_values"] for part in (train, validation, test)]
+    assert torch.equal(images[1], load_data(DataArguments())[2][:]["pixel_values"])
+    parts = [{image.numpy().tobytes() for image in part} for part in images]
     assert not parts[0] & parts[1] and not parts[0] & parts[2] and not parts[1] & parts[2]
 
 
@@ -284,7 +288,7 @@ def test_any_image_dataset_in_the_hubs_form(tmp_path):
     write_image_dataset(tmp_path / "own")
     name, train, validation, test = load_data(DataArguments(dataset_name=str(tmp_path / "own")))
     assert name.endswith("own") and (len(train), len(validation), len(test)) == (36, 4, 40)
-    assert train.images.shape == (36, 1, 28, 28) and set(test.labels.tolist()) == set(range(10))
+    assert train[:]["pixel_values"].shape == (36, 1, 28, 28) and set(test.labels.tolist()) == set(range(10))
     write_image_dataset(tmp_path / "large", size=32)
     with pytest.raises(PerforatedError, match="28x28 grey ones are needed"):
         load_data(DataArguments(dataset_name=str(tmp_path / "large")))
