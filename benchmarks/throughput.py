@@ -42,7 +42,6 @@ def worker(args) -> dict:
     """One process, as the tracker is one per process: measure what `args.part` names."""
     import torch
     from perforatedai import globals_perforatedai as GPA
-    from perforatedai import utils_perforatedai as UPA
     from torchvision.transforms import v2
     from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator, set_seed
     from transformers.utils import logging
@@ -167,8 +166,7 @@ def worker(args) -> dict:
         return clock.speed
 
     def deployed():
-        with contextlib.redirect_stdout(sys.stderr):
-            return UPA.prepare_final_model(model)
+        return PerforatedTrainer(model=model, args=training, eval_dataset=validation).deployed_model()
 
     def peak():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # MiB; Linux counts in KiB
