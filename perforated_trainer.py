@@ -675,9 +675,12 @@ class PerforatedTrainer(Trainer):
                     tracker.add_test_score(self.test_metrics[f"test_{name}"], f"test {name}")
                 _, *decision = tracker.add_validation_score(score, self.model)
             if decision == [True, False]:
+                grown = f"{before} -> {self.dendrites()} dendrites"
+                if before == self.dendrites():
+                    grown = f"dendrite {before} did not help and is tried anew"
                 self.say(
-                    f"step {self.state.global_step:,}: {before} -> {self.dendrites()} dendrites, "
-                    f"{self.parameters():,} parameters, {self.score_name} before {self.best_score():.4f}"
+                    f"step {self.state.global_step:,}: {grown}, {self.parameters():,} parameters, "
+                    f"{self.score_name} before {self.best_score():.4f}"
                 )
         restructured, self.complete = broadcast_object_list([bool(value) for value in decision])
         self.cycle_ended = restructured or self.complete

@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import time
@@ -61,6 +62,19 @@ def test_killed_at_a_named_point(finished, tmp_path, point):
 def test_killed_at_random_times(finished, tmp_path):
     kills.kill_and_resume(tmp_path, [3.0, 4.0, 2.0])
     assert kills.outcome(tmp_path) == kills.outcome(finished)
+
+
+def test_resumed_while_a_dendrite_is_tried_anew(tmp_path):
+    """One that did not help is given another start; a run may end in the middle of that."""
+    flags = "--improvement_threshold 0.2 --n_epochs_to_switch 3 --save_steps 5".split()
+    for name, turns in {"whole": [[]], "halves": [["--max_steps", "75"], RESUME]}.items():
+        (tmp_path / name).mkdir()
+        for turn in turns:
+            kills.run_to_end(tmp_path / name, *flags, *turn)
+    tried = re.search(r"step (\d+): dendrite 1 did not help", (tmp_path / "halves" / "log.txt").read_text())
+    results = kills.outcome(tmp_path / "whole")
+    assert int(tried[1]) < 75 < results[0]["global_step"]
+    assert kills.outcome(tmp_path / "halves") == results
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
