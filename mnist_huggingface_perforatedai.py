@@ -19,7 +19,6 @@
 A template: to use it for another model, replace the parts marked REPLACE, keep those marked DENDRITES.
 """
 
-import resource
 import sys
 import warnings
 from dataclasses import dataclass
@@ -49,8 +48,8 @@ from perforated_trainer import (
     DendriteArguments,
     PerforatedError,
     PerforatedTrainer,
+    already_finished,
     exit_status,
-    finished_results,
     ignore_shared_tensors,
     main_process,
     parse_arguments,
@@ -270,49 +269,11 @@ def load_data(args: DataArguments) -> tuple[str, Dataset, Dataset, Dataset]:
 # ------------------------------------------------------------------------------------------------------ keep: the run
 
 
-MODEL_CARD = """---
-library_name: transformers
-pipeline_tag: image-classification
-tags: [mnist, perforated-ai, dendrites]
----
-# MNIST CNN with {dendrites} dendrites a layer
-
-Accuracy: {validation_accuracy:.4f} on validation, {test_accuracy:.4f} on test images. {parameters:,} parameters.
-Trained on DATA. To load it:
-
-    from mnist_huggingface_perforatedai import MnistCnnForImageClassification
-    from perforated_trainer import load_perforated_model
-    model = load_perforated_model(MnistCnnForImageClassification, "final")
-"""
-
-
-def print_results(results: dict, folder: Path) -> None:
-    print("\ndendrites  parameters  at step  validation error  test error")
-    for cycle in results["cycles"]:
-        print(
-            f"{cycle['dendrites']:9}  {cycle['parameters']:10,}  {cycle['global_step']:7,}  "
-            f"{1 - cycle['best_validation']:16.2%}  {1 - cycle['test_accuracy']:10.2%}"
-        )
-    final = results["final"]
-    print(f"final: {final['dendrites']} dendrites, {final['parameters']:,} parameters, ", end="")
-    print(f"validation error {1 - final['validation_accuracy']:.2%}, test error {1 - final['test_accuracy']:.2%}")
-    print(f"data: {results['dataset']['name']}; stopped by {results['stopped_by']} at step {results['global_step']:,}")
-    print(f"model: {folder}/final   plot: {folder}/{folder}.png   results: {folder}/results.json")
-    if results["testing_dendrite_capacity"]:
-        memory = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10:,.0f} MiB"  # Linux counts in KiB
-        if torch.cuda.is_available():
-            memory = f"{torch.cuda.max_memory_allocated() / 2**20:,.0f} MiB of the GPU's"
-        print(f"This was a test of dendrite capacity, not a training run. Largest memory in use: {memory}")
-
-
 def run(argv=None) -> int:
     kinds = (DataArguments, DendriteArguments, TrainingArguments)
     arguments = parse_arguments(kinds, argv, TRAINING_DEFAULTS, PLATEAU_DEFAULTS, **DENDRITE_DEFAULTS)
     data_args, dendrite_args, training_args = arguments
-    folder = Path(dendrite_args.save_name)
-    if results := finished_results(dendrite_args, training_args):
-        print(f"the run in {folder} is complete")
-        print_results(results, folder)
+    if already_finished(dendrite_args, training_args):
         return 0
     if (
         training_args.train_sampling_strategy in ("group_by_length", "batch_rebalance")
@@ -343,12 +304,8 @@ def run(argv=None) -> int:
     trainer.say(f"data: {data_name}; {', '.join(f'{size:,} {part}' for part, size in sizes.items())}")
     trainer.say(f"network: {type(model).__name__}, {trainer.parameters():,} parameters, on {training_args.device}")
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.save_results({"name": data_name, **sizes})
     # ---------------------------------------------------------------------------------------------------- DENDRITES end
-
-    card = MODEL_CARD.replace("DATA", data_name)
-    results = trainer.save_results({"name": data_name, **sizes}, card, dendrite_args.testing_dendrite_capacity)
-    if main_process():
-        print_results(results, folder)
     return 0
 
 

@@ -8,6 +8,8 @@ Copy or import this file as it is. Five names are meant for use:
     load_perforated_model  loads what PerforatedTrainer saved
     ignore_shared_tensors  lets safetensors write tied weights
 
+and for a script with a command line: parse_arguments, already_finished, main_process, exit_status, PerforatedError.
+
 How it works: a dendrite makes a different model, which needs a new optimizer, scheduler and wrapper. That is what
 `Trainer.train()` sets up, so PerforatedTrainer runs one `Trainer.train()` per dendrite cycle. Each cycle begins with a
 checkpoint that holds no optimizer and no scheduler. A run that was killed goes on through the same code path.
@@ -25,6 +27,7 @@ import os
 import pdb
 import pickle
 import re
+import resource
 import shlex
 import shutil
 import signal
@@ -75,6 +78,22 @@ DEPLOYED = "deployed"  # the clean model inside a checkpoint
 WEIGHTS = "model.safetensors"
 BEST = "best_model.safetensors"
 TIES = "perforated_tied_weights"  # in config.json: each name that the weights leave out, and the name it is tied to
+
+MODEL_CARD = """---
+library_name: transformers
+tags: [perforated-ai, dendrites]
+---
+# {model} with {dendrites} dendrites a layer
+
+{parameters:,} parameters, trained on {data}:
+{scores}
+
+To load it:
+
+    from {module} import {model}
+    from perforated_trainer import load_perforated_model
+    model = load_perforated_model({model}, "final")
+"""
 
 # Arguments of the Trainer that dendrites change the meaning of, and what to use instead.
 REFUSED = {
@@ -233,7 +252,8 @@ def parse_arguments(kinds, argv=None, training: dict | None = None, plateau: dic
     parser.set_defaults(output_dir=None, remove_unused_columns=False, **(training or {}), **defaults)
     values = vars(parser.parse_args(argv))
     values["output_dir"] = values["output_dir"] or values["save_name"]
-    if values["testing_dendrite_capacity"] and values["eval_steps"] == parser.get_default("eval_steps"):
+    # "is": a value that was given is a new object, so that also the default's value can be asked for.
+    if values["testing_dendrite_capacity"] and values["eval_steps"] is parser.get_default("eval_steps"):
         values["eval_steps"] = 10
     if values["lr_scheduler_type"] == "reduce_lr_on_plateau" and values["lr_scheduler_kwargs"] is None:
         values["lr_scheduler_kwargs"] = plateau
@@ -244,13 +264,32 @@ def parse_arguments(kinds, argv=None, training: dict | None = None, plateau: dic
         error(str(refused).splitlines()[0])
 
 
-def finished_results(dendrite_args: DendriteArguments, training_args: TrainingArguments) -> dict | None:
-    """The results of a run that is to be resumed and that its tracker has ended already."""
-    path = Path(dendrite_args.save_name, "results.json")
-    if is_resumed(training_args.resume_from_checkpoint) and path.is_file():
-        results = json.loads(path.read_text())
-        return results if results["stopped_by"] == "tracker" else None
-    return None
+def already_finished(dendrite_args: DendriteArguments, training_args: TrainingArguments) -> bool:
+    """Whether the run that is to be resumed was ended by its tracker; its results are then printed once more."""
+    folder = Path(dendrite_args.save_name)
+    if not is_resumed(training_args.resume_from_checkpoint) or not (folder / "results.json").is_file():
+        return False
+    results = json.loads((folder / "results.json").read_text())
+    if results["stopped_by"] == "tracker" and main_process():
+        print(f"the run in {folder} is complete")
+        print_results(results, folder)
+    return results["stopped_by"] == "tracker"
+
+
+def print_results(results: dict, folder: Path) -> None:
+    """Print the cycles as a table, the final scores, and where everything is."""
+    score, thousands = results["metric"].replace("eval_", "validation_"), "{:,}".format
+    table = pandas.DataFrame(results["cycles"]).rename(columns={"global_step": "at step", "best_validation": score})
+    integers = dict.fromkeys(("parameters", "at step"), thousands)
+    if len(table):
+        print("\n" + table.to_string(index=False, formatters=integers, float_format="{:.4f}".format))
+    scores = dict(results["final"])
+    line = f"final: {scores.pop('dendrites')} dendrites, {scores.pop('parameters'):,} parameters, "
+    print(line + ", ".join(f"{name} {value:.4f}" for name, value in scores.items()))
+    print(f"data: {results['dataset']['name']}; stopped by {results['stopped_by']} at step {results['global_step']:,}")
+    print(f"model: {folder}/final   plot: {folder}/{folder}.png   results: {folder}/results.json")
+    if results["testing_dendrite_capacity"]:
+        print("This was a test of dendrite capacity, not a training run.")
 
 
 def refuse_arguments(values: dict) -> None:
@@ -745,7 +784,7 @@ class PerforatedTrainer(Trainer):
         return log.dropna(subset=self.score_name).astype({"dendrites": int, "parameters": int})
 
     def cycles(self) -> list[dict]:
-        """For each number of dendrites: parameters, the best validation score, its step and its test scores."""
+        """For each number of dendrites: parameters, the best validation score, its step and the other scores there."""
         scores = self.scores()
         if scores.empty:
             return []
@@ -753,8 +792,10 @@ class PerforatedTrainer(Trainer):
         rows = scores.loc[best.idxmax() if self.args.greater_is_better else best.idxmin()]
         rows = rows.rename(columns={"step": "global_step", self.score_name: "best_validation"})
         names = ["dendrites", "parameters", "global_step", "best_validation"]
-        names += [name for name in rows if name.startswith("test_") and self.reports(name)]
-        return rows[names].to_dict("records")
+        for part in ("eval_", "test_"):
+            names += [name for name in rows if name.startswith(part) and self.reports(name)]
+        rows = rows[names].rename(columns=lambda name: re.sub("^eval_", "validation_", name))
+        return rows.to_dict("records")
 
     def reports(self, name: str) -> bool:
         """Whether a metric is one to report: no time, and the loss only where it decides."""
@@ -797,10 +838,10 @@ class PerforatedTrainer(Trainer):
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
 
-    def save_results(self, dataset: dict, card: str, capacity_test: bool = False) -> dict:
-        """Write `final/` (the model, with `card` as its README.md) and `results.json`, each whole or not at all.
+    def save_results(self, dataset: dict) -> dict:
+        """Write `final/` (the model and a card) and `results.json`, each whole or not at all; print and return them.
 
-        `card` may name the fields of the results' `final`, as for `str.format`. Returns the results.
+        `dataset`: its name and the sizes of its parts, for the record.
         """
         args, folder = self.args, Path(GPA.pc.get_save_name())
         final = {"dendrites": self.dendrites(), "parameters": self.parameters()}
@@ -811,7 +852,7 @@ class PerforatedTrainer(Trainer):
         packages = ("torch", "torchvision", "transformers", "perforatedai", "accelerate", "datasets", "safetensors")
         results = {
             "stopped_by": self.stopped_by,
-            "testing_dendrite_capacity": capacity_test,
+            "testing_dendrite_capacity": self.model.dendrite_args.testing_dendrite_capacity,
             "dataset": dataset,
             "metric": self.score_name,
             "greater_is_better": args.greater_is_better,
@@ -828,13 +869,31 @@ class PerforatedTrainer(Trainer):
             unfinished = folder / "final.unfinished"
             shutil.rmtree(unfinished, ignore_errors=True)
             self.save_model(str(unfinished))
-            (unfinished / "README.md").write_text(card.format(**final))
+            (unfinished / "README.md").write_text(self.model_card(dataset["name"], **final))
             shutil.rmtree(folder / "final", ignore_errors=True)
             unfinished.replace(folder / "final")
             unfinished = folder / "results.json.unfinished"
             unfinished.write_text(json.dumps(results, indent=2) + "\n")
             unfinished.replace(folder / "results.json")
+            print_results(results, folder)
+        if results["testing_dendrite_capacity"]:
+            memory = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10:,.0f} MiB"  # Linux counts in KiB
+            if torch.cuda.is_available():
+                memory = f"{torch.cuda.max_memory_allocated() / 2**20:,.0f} MiB of the GPU's"
+            self.say(f"Largest memory in use: {memory}")
         return results
+
+    def model_card(self, data: str, dendrites: int, parameters: int, **scores: float) -> str:
+        kind = type(self.model)
+        module = Path(sys.argv[0]).stem if kind.__module__ == "__main__" else kind.__module__.split(".")[0]
+        shown = "\n".join(f"- {name} {value:.4f}" for name, value in scores.items())
+        card = MODEL_CARD.format(
+            model=kind.__name__, module=module, data=data, dendrites=dendrites, parameters=parameters, scores=shown
+        )
+        if self.processing_class is not None:
+            name = type(self.processing_class).__name__
+            card += f'    from transformers import {name}\n    processor = {name}.from_pretrained("final")\n'
+        return card
 
     def complete_checkpoint(self) -> None:
         """Finish what `Trainer` wrote: after the manifest the checkpoint counts, before it does not."""

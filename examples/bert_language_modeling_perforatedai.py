@@ -37,10 +37,9 @@ from perforated_trainer import (
     DendriteArguments,
     PerforatedError,
     PerforatedTrainer,
+    already_finished,
     exit_status,
-    finished_results,
     ignore_shared_tensors,
-    main_process,
     parse_arguments,
     perforate,
 )
@@ -195,6 +194,13 @@ class MaskingTrainer(PerforatedTrainer):
         masked = self.mask([{"input_ids": ids} for ids in inputs["input_ids"].cpu()])
         return super().training_step(model, masked, num_items_in_batch)
 
+    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        output.metrics[f"{metric_key_prefix}_perplexity"] = math.exp(
+            min(output.metrics[f"{metric_key_prefix}_loss"], 700)
+        )
+        return output
+
 
 def build_model(args: ModelArguments, max_seq_length: int, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """The model that was named, or one from scratch. OSError or ValueError where there is none like that."""
@@ -229,26 +235,11 @@ def check(*arguments) -> None:
             raise PerforatedError(f"--{name} {value}: it must lie between {low} and {high}")
 
 
-def print_results(results: dict, folder: Path) -> None:
-    print("\ndendrites  parameters  at step  validation loss  perplexity  test loss  perplexity")
-    for cycle in results["cycles"]:
-        loss, test = cycle["best_validation"], cycle.get("test_loss", math.nan)
-        line = f"{cycle['dendrites']:9}  {cycle['parameters']:10,}  {cycle['global_step']:7,}  "
-        print(f"{line}{loss:15.4f}  {math.exp(loss):10.2f}  {test:9.4f}  {math.exp(test):10.2f}")
-    final, steps = results["final"], results["global_step"]
-    print(f"final: {final['dendrites']} dendrites, validation perplexity {math.exp(final['validation_loss']):.2f}")
-    print(f"data: {results['dataset']['name']}; stopped by {results['stopped_by']} at step {steps:,}")
-    print(f"model: {folder}/final   plot: {folder}/{folder}.png   results: {folder}/results.json")
-
-
 def run(argv=None) -> int:
     kinds = (ModelArguments, DataArguments, DendriteArguments, TrainingArguments)
     model_args, data_args, dendrite_args, training_args = parse_arguments(kinds, argv, DEFAULTS, PLATEAU_DEFAULTS)
     check(model_args, data_args)
-    folder = Path(dendrite_args.save_name)
-    if results := finished_results(dendrite_args, training_args):
-        print(f"the run in {folder} is complete")
-        print_results(results, folder)
+    if already_finished(dendrite_args, training_args):
         return 0
     logging.disable_progress_bar()
     datasets.disable_progress_bars()
@@ -283,27 +274,8 @@ def run(argv=None) -> int:
     trainer.say(f"data: {name}; sequences: {', '.join(f'{size:,} {part}' for part, size in sizes.items())}")
     trainer.say(f"network: {type(model).__name__}, {trainer.parameters():,} parameters, on {training_args.device}")
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-
-    card = MODEL_CARD.replace("DATA", name)
-    results = trainer.save_results({"name": name, **sizes}, card, dendrite_args.testing_dendrite_capacity)
-    if main_process():
-        print_results(results, folder)
+    trainer.save_results({"name": name, **sizes})
     return 0
-
-
-MODEL_CARD = """---
-library_name: transformers
-pipeline_tag: fill-mask
-tags: [perforated-ai, dendrites]
----
-# BERT for masked-language modeling with {dendrites} dendrites a layer
-
-Trained on: DATA. Validation loss {validation_loss:.4f}, {parameters:,} parameters. To load it:
-
-    from perforated_trainer import load_perforated_model
-    from transformers import AutoTokenizer, BertForMaskedLM
-    model, tokenizer = load_perforated_model(BertForMaskedLM, "final"), AutoTokenizer.from_pretrained("final")
-"""
 
 
 def main(argv=None) -> int:

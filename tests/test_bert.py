@@ -52,7 +52,11 @@ def test_a_dendrite_is_kept_and_reported(finished):
     assert after["best_validation"] < before["best_validation"] and after["parameters"] > before["parameters"]
     # the tracker keeps a model where it gains 1 %: the best score may lie beside it
     assert result["final"]["validation_loss"] == pytest.approx(after["best_validation"], rel=0.01)
-    assert f"{math.exp(after['best_validation']):.2f}" in (finished / "log.txt").read_text()
+    table = (finished / "log.txt").read_text()
+    for cycle in (before, after):
+        assert cycle["validation_perplexity"] == pytest.approx(math.exp(cycle["best_validation"]))
+        for score in (cycle["best_validation"], cycle["validation_perplexity"], cycle["test_perplexity"]):
+            assert f" {score:.4f}" in table
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ import kills
 import pytest
 import torch
 from torchvision.transforms import v2
+from transformers import TrainingArguments
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "mnist_huggingface_perforatedai.py"
@@ -73,6 +74,9 @@ def test_output_is_plain_lines(finished):
     assert "cannot be reached" in log and "500 train, 200 validation, 200 test" in log
     assert "0 -> 1 dendrites, 3,258 parameters" in log and "1 -> 2 dendrites" in log
     assert re.search(r"final: \d dendrites", log) and "run/results.json" in log
+    for cycle in results(finished)["cycles"]:
+        row = f"{cycle['parameters']:,} +{cycle['global_step']} +{cycle['best_validation']:.4f}"
+        assert re.search(f"{row} +{cycle['test_accuracy']:.4f}", log)
     for noise in ("Warning", "Adding validation score", "PAI", "it/s", "Traceback", "{'"):
         assert noise not in log, noise
 
@@ -84,7 +88,10 @@ def test_plot_and_model_card(finished):
         assert plot.size == (1100, 400)
     assert (finished / "run" / "run_tracker.png").is_file(), "the tracker's own graph has a name of its own"
     card = (finished / "run" / "final" / "README.md").read_text()
-    assert f"{results(finished)['final']['test_accuracy']:.4f}" in card and "load_perforated_model" in card
+    final = results(finished)["final"]
+    assert f"{final['test_accuracy']:.4f}" in card
+    code = "\n".join(line.strip() for line in card.splitlines() if line.startswith("    "))
+    assert python(f"{code}\nprint(model.num_parameters())", finished / "run").split() == [str(final["parameters"])]
 
 
 def test_tensorboard_has_dendrites_and_parameters(finished):
@@ -181,6 +188,17 @@ def test_capacity(script, tmp_path, capsys):
     assert "test of dendrite capacity" in output and re.search(r"Largest memory in use: [\d,]+ MiB", output)
 
 
+@pytest.mark.parametrize(("flags", "steps"), [("", 500), ("--testing_dendrite_capacity", 10), ("--eval_steps 7", 7)])
+def test_default_evaluation_steps(flags, steps):
+    from mnist_huggingface_perforatedai import TRAINING_DEFAULTS
+    from perforated_trainer import DendriteArguments, parse_arguments
+
+    kinds = (DendriteArguments, TrainingArguments)
+    assert parse_arguments(kinds, flags.split(), TRAINING_DEFAULTS)[1].eval_steps == steps
+    given = [*flags.split(), "--testing_dendrite_capacity", "--eval_steps", "500"]
+    assert parse_arguments(kinds, given, TRAINING_DEFAULTS)[1].eval_steps == 500
+
+
 def test_max_steps_saves_the_best_model(script, small, tmp_path):
     assert script([*small, "--max_steps", "23"]) == 0
     result = results(tmp_path)
@@ -188,10 +206,13 @@ def test_max_steps_saves_the_best_model(script, small, tmp_path):
     assert result["final"]["validation_accuracy"] == pytest.approx(result["cycles"][0]["best_validation"], abs=1e-9)
 
 
-def test_loss_as_metric_and_evaluation_by_epoch(script, small, tmp_path):
+def test_loss_as_metric_and_evaluation_by_epoch(script, small, tmp_path, capsys):
     flags = "--metric_for_best_model loss --eval_strategy epoch --save_strategy epoch --n_epochs_to_switch 2".split()
     assert script([*small, *flags, "--max_dendrites", "1"]) == 0
-    result = results(tmp_path)
+    result, output = results(tmp_path), capsys.readouterr().out
+    assert re.search("validation_loss +validation_accuracy +test_accuracy +test_loss", output)
+    for cycle in result["cycles"]:
+        assert f" {cycle['best_validation']:.4f}" in output and f" {cycle['validation_accuracy']:.4f}" in output
     assert result["metric"] == "eval_loss" and result["greater_is_better"] is False
     assert [cycle["dendrites"] for cycle in result["cycles"]] == [0, 1]
     assert all(cycle["global_step"] % 16 == 0 for cycle in result["cycles"])
@@ -413,3 +434,8 @@ def test_the_readmes_table_is_that_of_the_stored_results():
     for cycle in json.loads(stored.read_text())["cycles"]:
         errors = f"{1 - cycle['best_validation']:.2%} | {1 - cycle['test_accuracy']:.2%}"
         assert f"| {cycle['dendrites']} | {cycle['parameters']:,} | {cycle['global_step']:,} | {errors} |" in readme
+    records = (ROOT / "benchmarks" / "results" / "dendrites.jsonl").read_text().splitlines()
+    runs = [run for run in map(json.loads, records) if (run["data"], run["group"], run["seed"]) == ("default", "a", 42)]
+    for cycle in runs[0]["cycles"]:  # what a run prints
+        row = f"{cycle['parameters']:,} +{cycle['global_step']:,} +{cycle['best_validation']:.4f}"
+        assert re.search(f"{row} +{cycle['test_accuracy']:.4f}", readme)
