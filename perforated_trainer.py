@@ -863,7 +863,7 @@ class PerforatedTrainer(Trainer):
             "train_seconds": round(self.train_seconds, 3),
             "steps_per_second": round(self.state.global_step / max(self.train_seconds, 1e-9), 1),
             "command": shlex.join(sys.argv),
-            "versions": {package: version(package) for package in packages},
+            "versions": {package: version(package) for package in packages if find_spec(package)},
         }
         if args.should_save:
             unfinished = folder / "final.unfinished"

@@ -426,7 +426,9 @@ def test_the_readmes_worked_case(tmp_path):
     case += (
         "load_perforated_model(ResNetForImageClassification, 'resnet/final')\nprint(trainer.dendrites(), 'dendrites')"
     )
-    assert "3 dendrites" in python(case, tmp_path)
+    output = python(case, tmp_path)
+    assert output.endswith("3 dendrites\n") and "model: resnet/final" in output
+    assert json.loads((tmp_path / "resnet" / "results.json").read_text())["final"]["dendrites"] == 3
 
 
 def test_the_readmes_table_is_that_of_the_stored_results():

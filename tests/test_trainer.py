@@ -1,7 +1,9 @@
 """The classes of perforated_trainer beyond what the script uses."""
 
 import importlib
+import json
 import pdb
+import sys
 
 import pytest
 import safetensors.torch
@@ -39,6 +41,20 @@ def rows(count=64):
 def trainer_for(model, arguments, cls=PerforatedTrainer, **kwargs):
     data = {"train_dataset": rows(), "eval_dataset": rows(20)}
     return cls(model=model, args=arguments, compute_metrics=compute_metrics, **data, **kwargs)
+
+
+def test_results_without_test_data_and_packages_that_only_the_script_needs(arguments, monkeypatch, capsys):
+    model = perforate(MnistCnnForImageClassification(MnistCnnConfig()), DendriteArguments(), arguments)
+    trainer = trainer_for(model, arguments)
+    trainer.train()
+    for package in ("torchvision", "datasets"):
+        monkeypatch.setitem(sys.modules, package, None)  # as where it is not installed
+    results = trainer.save_results({"name": "noise"})
+    with open("PAI/results.json") as file:
+        assert json.load(file) == results
+    assert set(results["final"]) == {"dendrites", "parameters", "validation_accuracy"}
+    assert "transformers" in results["versions"] and not {"torchvision", "datasets"} & results["versions"].keys()
+    assert f"validation_accuracy {results['final']['validation_accuracy']:.4f}" in capsys.readouterr().out
 
 
 def test_whole_aliases_are_written_and_partial_overlaps_are_not(tmp_path):
