@@ -278,7 +278,7 @@ def already_finished(dendrite_args: DendriteArguments, training_args: TrainingAr
 
 def print_results(results: dict, folder: Path) -> None:
     """Print the cycles as a table, the final scores, and where everything is."""
-    score, thousands = results["metric"].replace("eval_", "validation_"), "{:,}".format
+    score, thousands = "validation_" + results["metric"].removeprefix("eval_"), "{:,}".format
     table = pandas.DataFrame(results["cycles"]).rename(columns={"global_step": "at step", "best_validation": score})
     integers = dict.fromkeys(("parameters", "at step"), thousands)
     if len(table):
@@ -885,14 +885,14 @@ class PerforatedTrainer(Trainer):
 
     def model_card(self, data: str, dendrites: int, parameters: int, **scores: float) -> str:
         kind = type(self.model)
-        module = Path(sys.argv[0]).stem if kind.__module__ == "__main__" else kind.__module__.split(".")[0]
+        module = Path(sys.argv[0]).stem if kind.__module__ == "__main__" else kind.__module__
         shown = "\n".join(f"- {name} {value:.4f}" for name, value in scores.items())
         card = MODEL_CARD.format(
             model=kind.__name__, module=module, data=data, dendrites=dendrites, parameters=parameters, scores=shown
         )
         if self.processing_class is not None:
-            name = type(self.processing_class).__name__
-            card += f'    from transformers import {name}\n    processor = {name}.from_pretrained("final")\n'
+            name, module = type(self.processing_class).__name__, type(self.processing_class).__module__
+            card += f'    from {module} import {name}\n    processor = {name}.from_pretrained("final")\n'
         return card
 
     def complete_checkpoint(self) -> None:

@@ -67,8 +67,9 @@ def main() -> None:
         in_processes(lambda: todo.pop(0) if todo else None, args.processes)
     print("\n| other than the defaults | commit | steps | CPU s | validation error with 0, 1 ... dendrites, % |")
     print("| --- | --- | --- | --- | --- |")
+    defaults = BASE | TRIALS[0]
     for record in sorted(recorded(args.results), key=lambda record: record["validation_error"]):
-        other = {name: value for name, value in record["trial"].items() if value != (BASE | TRIALS[0]).get(name)}
+        other = {name: value for name, value in record["trial"].items() if value != defaults.get(name)}
         words = (" ".join(value) if name == "flags" else f"{name} {value}" for name, value in other.items())
         cycles = ", ".join(f"{100 * (1 - cycle['best_validation']):.2f}" for cycle in record["cycles"])
         cells = [", ".join(words) or "nothing", record["commit"], f"{record['steps']:,}"]

@@ -165,8 +165,9 @@ def worker(args) -> dict:
         run(PerforatedTrainer if case == "script" else Trainer, clock, data, eval_dataset=few)
         return clock.speed
 
-    def deployed():
-        return PerforatedTrainer(model=model, args=training, eval_dataset=validation).deployed_model()
+    def current():
+        """A trainer of the network as it is now: it counts and writes what is deployed."""
+        return PerforatedTrainer(model=model, args=training, eval_dataset=validation)
 
     def peak():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # MiB; Linux counts in KiB
@@ -185,8 +186,7 @@ def worker(args) -> dict:
         points = []
         for _ in grow(args.dendrites):
             rates = [speed("script") for _ in range(args.repeats)]
-            parameters = sum(p.numel() for p in deployed().parameters())
-            points.append([parameters, 1000 / statistics.median(rates), round(peak())])
+            points.append([current().parameters(), 1000 / statistics.median(rates), round(peak())])
         return {"points": points}
     if args.part == "speed":
         steps, logits = [], []
@@ -202,7 +202,7 @@ def worker(args) -> dict:
                 medians = [statistics.median(column) for column in zip(*turns, strict=True)]
                 ratios = [statistics.median(turn[0] / turn[case] for turn in turns) for case in (1, 2, 3)]
                 steps.append([dendrites, batch_size, *medians, *ratios])
-            deployed().save_pretrained("final")
+            current().save_model("final")
             models, turns = (model.eval(), load_perforated_model(type(model), "final")), []
             images = validation[:1000]["pixel_values"]
             for _ in range(6 * args.repeats + 1):  # short ones

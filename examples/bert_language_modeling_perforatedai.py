@@ -196,9 +196,8 @@ class MaskingTrainer(PerforatedTrainer):
 
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        output.metrics[f"{metric_key_prefix}_perplexity"] = math.exp(
-            min(output.metrics[f"{metric_key_prefix}_loss"], 700)
-        )
+        loss = output.metrics[f"{metric_key_prefix}_loss"]
+        output.metrics[f"{metric_key_prefix}_perplexity"] = math.exp(min(loss, 700))  # above that it overflows
         return output
 
 

@@ -104,10 +104,13 @@ decoder = [p for name, p in everything if "predictions.decoder" in name and p.nd
 assert decoder and all(p is model.get_input_embeddings().weight for p in decoder), "the decoder is no longer tied"
 print(sum(p.numel() for p in model.parameters()), len(AutoTokenizer.from_pretrained("run/final")))
 """
+    card = (folder / "run" / "final" / "README.md").read_text().splitlines()
+    lines = [line.strip() for line in card if line.startswith("    ")]  # as the card says, from the run's folder
+    code += "\n".join(["import os", "os.chdir('run')", *lines, "print(model.num_parameters(), len(processor))"])
     done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     final = results(folder)["final"]
-    assert final["dendrites"] > 0 and done.stdout.split() == [str(final["parameters"]), "300"]
+    assert final["dendrites"] > 0 and done.stdout.split() == 2 * [str(final["parameters"]), "300"]
 
 
 def test_same_tokenizer_each_time():
