@@ -20,12 +20,8 @@ A template: to use it for another model, replace the parts marked REPLACE, keep 
 """
 
 import sys
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
-
-if not (3, 11) <= sys.version_info < (3, 13):
-    sys.exit(f"Python 3.11 or 3.12 is needed (perforatedai has no wheels for others), this is {sys.version.split()[0]}")
 
 import torch
 from torch import nn
@@ -49,11 +45,10 @@ from perforated_trainer import (
     PerforatedError,
     PerforatedTrainer,
     already_finished,
-    exit_status,
-    ignore_shared_tensors,
     main_process,
     parse_arguments,
     perforate,
+    run_script,
 )
 
 logger = logging.get_logger(__name__)
@@ -78,7 +73,7 @@ TRAINING_DEFAULTS = {
 }
 PLATEAU_DEFAULTS = {"factor": 0.3, "patience": 1}  # a patience below n_epochs_to_switch
 # Dropout holds a network this small back: it is off from the first dendrite on.
-DENDRITE_DEFAULTS = {"save_name": "mnistHF", "n_epochs_to_switch": 6, "dropout_with_dendrites": 0.0}
+DENDRITE_DEFAULTS = {"save_name": "mnistHF", "n_epochs_to_switch": 6}
 
 
 @dataclass
@@ -273,25 +268,20 @@ def run(argv=None) -> int:
     kinds = (DataArguments, DendriteArguments, TrainingArguments)
     arguments = parse_arguments(kinds, argv, TRAINING_DEFAULTS, PLATEAU_DEFAULTS, **DENDRITE_DEFAULTS)
     data_args, dendrite_args, training_args = arguments
-    if already_finished(dendrite_args, training_args):
+    if already_finished(training_args):
         return 0
     if (
-        training_args.train_sampling_strategy in ("group_by_length", "batch_rebalance")
+        getattr(training_args, "train_sampling_strategy", "random") in ("group_by_length", "batch_rebalance")
         or training_args.neftune_noise_alpha
     ):
         raise PerforatedError("--train_sampling_strategy by length and --neftune_noise_alpha are for text, not images")
-    if training_args.log_level == "debug":
-        warnings.simplefilter("default")
-        logging.set_verbosity_debug()
-    logging.disable_progress_bar()  # of saving: the only bar is the one of the training
     set_seed(training_args.seed)
     data_name, train, validation, test = load_data(data_args)
     sizes = {"train": len(train), "validation": len(validation), "test": len(test)}
     model = MnistCnnForImageClassification(MnistCnnConfig(num_labels=int(train.dataset.labels.max()) + 1))
 
     # ------------------------------------------------------------------------------------- DENDRITES: leave these alone
-    ignore_shared_tensors()  # safetensors may write tied weights twice
-    model = perforate(model, dendrite_args, training_args)  # sets the save name, converts, deletes a second base_model
+    model = perforate(model, dendrite_args, training_args)  # converts, deletes a second base_model
     trainer = PerforatedTrainer(
         model=model,
         args=training_args,
@@ -301,8 +291,9 @@ def run(argv=None) -> int:
         data_collator=lambda batch: batch,
         compute_metrics=compute_metrics,
     )
-    trainer.say(f"data: {data_name}; {', '.join(f'{size:,} {part}' for part, size in sizes.items())}")
-    trainer.say(f"network: {type(model).__name__}, {trainer.parameters():,} parameters, on {training_args.device}")
+    if main_process():
+        print(f"data: {data_name}; {', '.join(f'{size:,} {part}' for part, size in sizes.items())}")
+        print(f"network: {type(model).__name__}, {trainer.num_parameters:,} parameters, on {training_args.device}")
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_results({"name": data_name, **sizes})
     # ---------------------------------------------------------------------------------------------------- DENDRITES end
@@ -311,8 +302,7 @@ def run(argv=None) -> int:
 
 def main(argv=None) -> int:
     """Run with the given flags, `sys.argv`'s by default; returns the exit status."""
-    warnings.simplefilter("ignore")
-    return exit_status(run, argv)
+    return run_script(run, argv)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,79 @@
+"""Every place where another library is bent, each with its version, its reason and when it can go.
+
+`tests/test_compat.py` fails when one of the names used here changes.
+"""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
+
+import safetensors.torch
+import torch
+from transformers import TrainingArguments
+
+
+def ignore_shared_tensors() -> None:
+    """Let safetensors write tensors that are whole aliases of one another, such as tied weights.
+
+    Whole aliases have the same storage, offset, shape and strides: a copy of each on disk is harmless. Tensors that
+    overlap in part still raise. `PerforatedTrainer` does this by itself for what the library writes; call it for files
+    that you write with safetensors yourself.
+
+    Library: safetensors 0.8, `safetensors.torch._find_shared_tensors`. Why: it has no public switch, and perforatedai
+    3.2.9 writes tied weights with `save_file`. Can go when perforatedai writes each tied weight once.
+    """
+    safetensors.torch._find_shared_tensors = _find_partly_shared_tensors
+
+
+_find_shared_tensors = safetensors.torch._find_shared_tensors
+
+
+def _find_partly_shared_tensors(state_dict):
+    def view(tensor):
+        return tensor.data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
+
+    groups = _find_shared_tensors(state_dict)
+    return [names for names in groups if len({view(state_dict[name]) for name in names}) > 1]
+
+
+@contextlib.contextmanager
+def shared_tensors_ignored() -> Iterator[None]:
+    """As `ignore_shared_tensors`, for the time of a `with` block."""
+    before = safetensors.torch._find_shared_tensors
+    ignore_shared_tensors()
+    try:
+        yield
+    finally:
+        safetensors.torch._find_shared_tensors = before
+
+
+def _patch_search_for_lomo() -> None:
+    """Spare each optimizer step a search of the disk (190 us of a step of 2.4 ms, `benchmarks/README.md`).
+
+    Library: accelerate 1.15, `AcceleratedOptimizer.step` asks whether `lomo_optim` can be imported, each time. Can go
+    when accelerate remembers the answer.
+    """
+    if "lomo_optim" not in sys.modules and find_spec("lomo_optim") is None:
+        sys.modules["lomo_optim"] = None
+
+
+def use_one_gpu(args: TrainingArguments) -> None:
+    """Make the Trainer use one of several visible GPUs.
+
+    Library: transformers 5.5 to 5.23, `TrainingArguments._n_gpu`. Why: without a launcher the Trainer wraps the model
+    in `nn.DataParallel`, which perforatedai refuses; no public way asks for one GPU. Can go when there is one.
+    """
+    args._n_gpu = 1
+
+
+def forget_preparation(model: torch.nn.Module) -> None:
+    """Make accelerate wrap a model for several processes that it has seen before.
+
+    Library: accelerate 1.15, `Accelerator.prepare_model` marks a model with `_is_accelerate_prepared`, also where it
+    was only evaluated, and then leaves it unwrapped. Can go when each `Trainer.train()` wraps its model.
+    """
+    model._is_accelerate_prepared = False
+
+
+_patch_search_for_lomo()

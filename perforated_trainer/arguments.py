@@ -1,0 +1,111 @@
+"""The settings of dendrites, what TrainingArguments cannot be with them, and the one type of error."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import TrainingArguments
+from transformers.hf_argparser import HfArg
+
+# Arguments of the Trainer that dendrites change the meaning of, and what to use instead.
+REFUSED = {
+    "load_best_model_at_end": "the tracker itself returns the best model at the end",
+    "fsdp": "use DistributedDataParallel instead: torchrun --nproc_per_node N",
+    "deepspeed": "use DistributedDataParallel instead: torchrun --nproc_per_node N",
+    "save_only_model": "a checkpoint without the optimizer could not go on exactly; use the model in `final/`",
+    "enable_jit_checkpoint": "Ctrl-C and SIGTERM already save a checkpoint before the run ends",
+    "auto_find_batch_size": "set --per_device_train_batch_size; --testing_dendrite_capacity shows whether it fits",
+}
+
+
+class PerforatedError(RuntimeError):
+    """A problem that the user can solve: print it as one line and end with `exit_status`.
+
+    Args:
+        message: what is wrong and what to do; line breaks become spaces.
+        exit_status: the status with which a script should end.
+    """
+
+    def __init__(self, message: str, exit_status: int = 2):
+        super().__init__(" ".join(str(message).split()))
+        self.exit_status = exit_status
+
+
+@dataclass
+class DendriteArguments:
+    """Settings of Perforated AI's dendrites. One "epoch" of the tracker is one evaluation."""
+
+    save_name: str | None = HfArg(
+        default=None, help="Name of the run, and of its folder where --output_dir is not given."
+    )
+    doing_pai: bool = HfArg(default=True, help="Add dendrites. False: same network, same stopping rule, none added.")
+    testing_dendrite_capacity: bool = HfArg(
+        default=False, help="Add three dendrites at once to test memory: no real run."
+    )
+    max_dendrites: int = HfArg(default=5, help="Stop after this many dendrites at the latest.")
+    n_epochs_to_switch: int = HfArg(default=10, help="Evaluations without a better score before a dendrite is added.")
+    history_lookback: int = HfArg(default=1, help="Scores are averaged over this many evaluations.")
+    improvement_threshold: list[float] = HfArg(
+        default_factory=lambda: [0.0001],
+        help="Relative gain that counts as a better score; several values: one for each further try.",
+    )
+    module_names_to_perforate: list[str] = HfArg(
+        default_factory=lambda: ["PAISequential", "Conv1d", "Conv2d", "Conv3d", "Linear", "Conv1D"],
+        help="Types of layers that get dendrites, but not where weights are tied, frozen or logits'.",
+    )
+    module_ids_to_perforate: list[str] = HfArg(
+        default_factory=list, help="Names of modules that get dendrites whatever their type and weights."
+    )
+    module_names_to_track: list[str] = HfArg(
+        default_factory=list, help="Types of modules that get no dendrites, nor does anything in them."
+    )
+    module_ids_to_track: list[str] = HfArg(
+        default_factory=list, help="Names of modules that get no dendrites, nor does anything in them."
+    )
+    output_dimensions: list[int] | None = HfArg(
+        default=None, help="0 for the dimension of the neurons, -1 for others: -1 -1 0. Default: found layer by layer."
+    )
+    fused: bool = HfArg(
+        default=True, help="Compute a layer and its dendrites as one product. False: the library's own forward."
+    )
+    overwrite_run: bool = HfArg(default=False, help="Replace the run that the folder already holds.")
+
+
+def run_name(training_args: TrainingArguments) -> str:
+    """The name of a run: the last part of its folder."""
+    return Path(training_args.output_dir).resolve().name
+
+
+def is_resumed(resume_from_checkpoint: str | bool | None) -> bool:
+    """Whether `resume_from_checkpoint` asks for a checkpoint; on a command line "false" is a text."""
+    return str(resume_from_checkpoint or False).lower() != "false"
+
+
+def refuse_arguments(values: dict) -> None:
+    """Raise PerforatedError for values of TrainingArguments, by name, that cannot go with dendrites."""
+    for argument, reason in REFUSED.items():
+        if values.get(argument):
+            raise PerforatedError(f"--{argument} does not go with dendrites: {reason}")
+    if values["eval_strategy"] == "no":
+        raise PerforatedError("--eval_strategy no: dendrites are added by validation scores; use steps or epoch")
+    if values["save_strategy"] == "best":
+        raise PerforatedError("--save_strategy best: the tracker keeps the best model; use steps, epoch or no")
+
+
+def check_arguments(dendrite_args: DendriteArguments, args: TrainingArguments) -> None:
+    """Raise PerforatedError for settings that cannot go with dendrites, or not on this machine."""
+    refuse_arguments(vars(args))
+    if dendrite_args.save_name not in (None, run_name(args)):
+        raise PerforatedError(
+            f"--save_name {dendrite_args.save_name!r} is not the last part of --output_dir {args.output_dir}: give one "
+            "of the two, and a save name without a path separator"
+        )
+    if not args.metric_for_best_model:
+        raise PerforatedError("--metric_for_best_model is needed: it decides when a dendrite is added")
+    if args.device.type == "xla":
+        raise PerforatedError("TPUs are not supported; use DistributedDataParallel on GPUs or CPUs: torchrun")
+    if args.fp16 and args.device.type == "cpu":
+        raise PerforatedError("--fp16 needs a GPU and would be ignored; on the CPU use --bf16 --use_cpu")
+    # Without a GPU the Trainer takes several processes for separate runs, which would race for one folder.
+    if int(os.environ.get("WORLD_SIZE", "1")) > args.world_size:
+        raise PerforatedError("several processes without a GPU: --use_cpu is needed, which trains them with gloo")

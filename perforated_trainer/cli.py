@@ -1,0 +1,101 @@
+"""The command line of a training script: its flags, and errors that a user can cause as one line and a status."""
+
+import json
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import HfArgumentParser, TrainingArguments
+from transformers.utils import logging
+
+from . import checkpoint, report
+from .arguments import PerforatedError, is_resumed, refuse_arguments
+
+
+def main_process() -> bool:
+    """Whether this is the only process or the first of several, known before any of them is set up."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def run_script(run: Callable[[list[str] | None], int], argv: list[str] | None = None) -> int:
+    """Return what `run(argv)` does, without the warnings of libraries.
+
+    A PerforatedError becomes one line on standard error and its exit status; another error keeps its traceback.
+    """
+    warnings.simplefilter("ignore")
+    logging.disable_progress_bar()  # of files being written: the only bar is the one of the training
+    try:
+        return run(argv)
+    except PerforatedError as error:
+        message, status = str(error), error.exit_status
+    except KeyboardInterrupt:
+        message, status = "interrupted", 130
+    finally:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    if main_process():
+        print(f"{'' if status > 128 else 'error: '}{message}", file=sys.stderr)
+    return status
+
+
+def parse_arguments(
+    kinds, argv: list[str] | None = None, training: dict | None = None, plateau: dict | None = None, **defaults
+) -> tuple:
+    """Parse a command line into the dataclasses `kinds`, the last two DendriteArguments and TrainingArguments.
+
+    Args:
+        kinds: dataclasses; the docstring of the first one's module is the help's first page.
+        argv: the flags; those of the process by default.
+        training, defaults: values where no flag is given.
+        plateau: `lr_scheduler_kwargs` of the schedule reduce_lr_on_plateau, where none are given.
+
+    Raises PerforatedError for a flag that is unknown, has no such value or does not go with dendrites, and for a run
+    folder that is not free. `--save_name` gives the folder where `--output_dir` does not.
+    """
+
+    def error(message):
+        raise PerforatedError(message)  # one line, not the page of flags
+
+    parser = HfArgumentParser(kinds, description=sys.modules[kinds[0].__module__].__doc__)
+    parser.error = error
+    parser.set_defaults(output_dir=None, remove_unused_columns=False, **(training or {}), **defaults)
+    values = vars(parser.parse_args(argv))
+    # "is": a value that was given is a new object, so that also the default's value can be asked for.
+    if values["output_dir"] and values["save_name"] is parser.get_default("save_name"):
+        values["save_name"] = None
+    if values["save_name"] is not None and not re.fullmatch(r"[\w.-]*\w[\w.-]*", values["save_name"]):
+        error(f"--save_name {values['save_name']!r}: use letters, digits, '_', '-' and '.', no path separator")
+    values["output_dir"] = values["output_dir"] or values["save_name"] or "PAI"
+    if values["testing_dendrite_capacity"] and values["eval_steps"] is parser.get_default("eval_steps"):
+        values["eval_steps"] = 10
+    if values["lr_scheduler_type"] == "reduce_lr_on_plateau" and values["lr_scheduler_kwargs"] is None:
+        values["lr_scheduler_kwargs"] = plateau
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
+        values["use_cpu"] = True  # else the Trainer would take the processes for separate runs
+    refuse_arguments(values)  # before TrainingArguments finds other words for it
+    if not is_resumed(values["resume_from_checkpoint"]) and main_process():
+        checkpoint.check_free(Path(values["output_dir"]), values["overwrite_run"])
+    try:
+        parsed = parser.parse_dict(values)
+    except (ValueError, ImportError, TypeError) as refused:
+        error(str(refused).splitlines()[0])
+    if parsed[-1].log_level == "debug":
+        warnings.simplefilter("default")
+        logging.set_verbosity_debug()
+    return parsed
+
+
+def already_finished(training_args: TrainingArguments) -> bool:
+    """Whether the run that is to be resumed was ended by its tracker; its results are then printed once more."""
+    folder = Path(training_args.output_dir)
+    if not is_resumed(training_args.resume_from_checkpoint) or not (folder / checkpoint.RESULTS).is_file():
+        return False
+    results = json.loads((folder / checkpoint.RESULTS).read_text(encoding="utf-8"))
+    if results["stopped_by"] == "tracker" and main_process():
+        print(f"the run in {folder} is complete")
+        print(report.summary(results, folder))
+    return results["stopped_by"] == "tracker"

@@ -1,0 +1,389 @@
+"""The only room that speaks with perforatedai: settings and scores go in, a decision comes out, networks are kept.
+
+The library has one tracker per process, so there is one `DendriteTracker` at a time. Its files lie in the folder
+`perforatedai` of the run. Between its calls, what only a restructure needs is not registered in the network: optimizer,
+wrappers and each step then see the layers and their dendrites alone.
+
+Written for perforatedai 3.2.9. `tests/test_tracker.py` fails when a private name that is used here changes.
+"""
+
+import contextlib
+import copy
+import enum
+import io
+import pdb
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from . import layers
+from ._compat import shared_tensors_ignored
+from .arguments import DendriteArguments, PerforatedError
+
+# The paid package would change the training unseen where it can be imported, and asks for an e-mail address.
+PERFORATEDBP = "perforatedbp" not in sys.modules and find_spec("perforatedbp") is not None
+sys.modules.setdefault("perforatedbp", None)
+
+with contextlib.redirect_stdout(io.StringIO()):  # the package prints which variant it is when it is imported
+    from perforatedai import globals_perforatedai as GPA
+    from perforatedai import modules_perforatedai as MPA
+    from perforatedai import utils_perforatedai as UPA
+
+logger = logging.get_logger(__name__)
+
+LIBRARY = "perforatedai"  # the library's save name, so the folder of its files in the run folder
+SYSTEM = "training.safetensors"  # in a checkpoint: the network with all that a restructure needs, and the tracker
+BEST = "best_model.safetensors"  # in a checkpoint: the best network so far, as the library keeps it
+
+
+class Decision(enum.Enum):
+    """What the tracker decided after a score."""
+
+    CONTINUE = "train on"
+    RESTRUCTURED = "the network is another one: make optimizer, scheduler and wrapper anew"
+    COMPLETE = "training is complete; the network is the best one"
+
+
+def _stop(*args, **kwargs):
+    raise SystemExit
+
+
+@contextlib.contextmanager
+def _library(folder: Path) -> Iterator[None]:
+    """Around calls into perforatedai, which writes below the current folder, and on errors prints, then opens a debugger
+    or exits: makes that an error."""
+    heard, set_trace = io.StringIO(), pdb.set_trace
+    pdb.set_trace = _stop
+    try:
+        with contextlib.chdir(folder), contextlib.redirect_stdout(heard), shared_tensors_ignored():
+            yield
+    except SystemExit:
+        raise PerforatedError(
+            f"perforatedai stopped: {heard.getvalue()[-2000:].strip() or 'no reason given'}"
+        ) from None
+    finally:
+        pdb.set_trace = set_trace
+        logger.debug(heard.getvalue())
+
+
+# ------------------------------------------------------------------------------------------- a layer while it is trained
+
+_library_forward = MPA.PAINeuronModule.forward
+
+
+def _forward(self, *args, **kwargs):
+    """The library's layer with dendrites, by our formula where `layers` can do what it does, else by the library's."""
+    if (parts := self.__dict__.get("parts")) is None:
+        output = _library_forward(self, *args, **kwargs)
+    else:
+        main, dendrites, to_dendrites, to_output, how = parts
+        if dendrites:
+            output = layers.forward_with_dendrites(main, dendrites, to_dendrites, to_output, *args, **how, **kwargs)
+        else:
+            output = main(*args, **kwargs)
+        if not self._fb_init_done and isinstance(output, torch.Tensor) and output.requires_grad:
+            self._fb_hook_handle = output.register_hook(partial(_first_gradient, self))
+    if (check := self.__dict__.get("check_output")) is not None:
+        del self.__dict__["check_output"]
+        check(self, output)
+    return output
+
+
+def _first_gradient(module, gradient):
+    """The library learns the number of neurons from the first gradient of a layer."""
+    _filter_backward(gradient, module.dendrite_module.dendrite_values, module)
+
+
+def _filter_backward(gradient, values, module=None):
+    with _library(Path.cwd()):
+        _library_filter_backward(gradient, values, module)
+
+
+_library_filter_backward = MPA.filter_backward
+MPA.filter_backward = _filter_backward
+MPA.PAINeuronModule.forward = _forward
+
+# What is not needed while training: of a layer, and of its dendrites.
+_ORDER = ("main_module", "dendrites_to_top", "candidate_to_top", "dendrite_module")
+_DENDRITE_ORDER = ("layers", "parent_module", "dendrites_to_candidates", "dendrites_to_dendrites", "dendrite_values")
+_WITHOUT_DENDRITES = ("dendrites_to_top", "candidate_to_top", "dendrite_module")
+_WITH_DENDRITES = ("candidate_to_top",)
+_OF_DENDRITES = ("parent_module", "dendrites_to_candidates", "dendrite_values")
+
+
+def _dendrites_of(module) -> tuple[list, list, torch.Tensor | None]:
+    """The dendrites of a layer, the weights between them (a row for each, none for the first) and those to its output."""
+    number = module.dendrite_modules_added
+    if not number:
+        return [], [], None
+    between = list(module.dendrite_module.dendrites_to_dendrites)[1:]
+    return list(module.dendrite_module.layers), [None, *between], module.dendrites_to_top[number - 1]
+
+
+def _unregister(module: torch.nn.Module, names: tuple[str, ...]) -> None:
+    for name in names:
+        if name in module._modules:
+            module.__dict__[name] = module._modules.pop(name)
+
+
+def _register(module: torch.nn.Module, order: tuple[str, ...]) -> None:
+    for name in order:
+        if name in module.__dict__:
+            module._modules[name] = module.__dict__.pop(name)
+    for name in order:  # in the library's order, which is that of the parameters
+        if name in module._modules:
+            module._modules[name] = module._modules.pop(name)
+
+
+# ---------------------------------------------------------------------------------------------------------- the tracker
+
+
+class DendriteTracker:
+    """Perforated AI's tracker and the network that it changes.
+
+    Args:
+        model: is converted in place.
+        args: the settings of the dendrites.
+        module_ids: names of the modules that get dendrites.
+        check_output: called once for each of these, as `check_output(module, output)`, after its first forward pass.
+        metric: name of the score that decides.
+        greater_is_better: whether a higher score is better.
+        device: of the training.
+
+    Attributes:
+        folder: the run folder, absolute; set when a run begins, before that nothing is written.
+
+    Raises PerforatedError where the library stops.
+    """
+
+    current: "DendriteTracker | None" = None  # the library keeps one per process
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: DendriteArguments,
+        module_ids: list[str],
+        check_output,
+        metric: str,
+        greater_is_better: bool,
+        device: torch.device,
+    ):
+        if PERFORATEDBP:
+            raise PerforatedError(
+                "the package perforatedbp is installed: it would change the training and is not supported here; use an "
+                "environment without it"
+            )
+        self.model, self.args, self.folder = model, args, None
+        threshold = args.improvement_threshold
+        for setting in "configuration_confirmed unwrapped_modules_confirmed weight_decay_accepted silent".split():
+            getattr(GPA.pc, f"set_{setting}")(True)  # never ask on standard input
+        for setting in "verbose find_best_lr test_saves pai_saves retain_all_dendrites".split():
+            getattr(GPA.pc, f"set_{setting}")(False)  # the Trainer owns schedule and checkpoints; best_model.pt stays
+        settings = {
+            "device": device,
+            "use_cuda": device.type == "cuda",
+            "d_type": model.dtype,
+            "testing_dendrite_capacity": args.testing_dendrite_capacity,
+            "max_dendrites": args.max_dendrites,
+            "n_epochs_to_switch": args.n_epochs_to_switch,
+            "history_lookback": args.history_lookback,
+            "improvement_threshold": threshold[0] if len(threshold) == 1 else list(threshold),
+            "library_validation_score": metric,
+            "output_dimensions": args.output_dimensions or [-1, 0, -1, -1],
+            "module_ids_to_perforate": [f".{name}" for name in module_ids],
+            "module_names_to_perforate": [],  # all are named one by one
+            "module_names_to_not_save": [],
+            # A capacity test changes these two, and retain_all_dendrites: a later call here must not inherit them.
+            "switch_mode": GPA.pc.DOING_HISTORY,
+            "max_dendrite_tries": 2,
+        }
+        for setting, value in settings.items():
+            getattr(GPA.pc, f"set_{setting}")(value)
+        # The library writes its settings, and would take those that a file of an older run there holds.
+        with tempfile.TemporaryDirectory() as empty, _library(Path(empty)):
+            UPA.perforate_model(
+                model,
+                doing_pai=args.doing_pai,
+                save_name=LIBRARY,
+                making_graphs=False,  # drawn by `draw`, when it is worth the time
+                maximizing_score=greater_is_better,
+            )
+        GPA.pc.set_module_names_to_not_save([])  # the library adds second names of modules, which loading then misses
+        for module in UPA.get_pai_modules(model, 0):
+            module.__dict__["check_output"] = check_output
+        model.to(device)
+        self._close()
+        DendriteTracker.current = self
+
+    # ------------------------------------------------------------------------------------------- open and closed network
+
+    def _close(self) -> None:
+        """Leave in the network what a training step needs."""
+        self._open_modules = UPA.get_pai_modules(self.model, 0)
+        activation = GPA.pc.get_pai_forward_function()
+        for module in self._open_modules:
+            dendrites, number = module.dendrite_module, module.dendrite_modules_added
+            module.__dict__["parts"] = None
+            if self.args.fused and module.processor is None and not dendrites.processors:
+                dimensions = module.this_output_dimensions.tolist()
+                how = {"dim": dimensions.index(0) - len(dimensions), "activation": activation}
+                module.__dict__["parts"] = (module.main_module, *_dendrites_of(module), how)
+            elif not number:
+                continue  # the library's forward calls the dendrites' module
+            _unregister(dendrites, _OF_DENDRITES)
+            _unregister(module, _WITH_DENDRITES if number else _WITHOUT_DENDRITES)
+
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[None]:
+        """The network as the library made it, for calls into the library, in the run folder."""
+        for module in self._open_modules:
+            _register(module, _ORDER)
+            _register(module.dendrite_module, _DENDRITE_ORDER)
+            module.__dict__.pop("parts", None)
+        buffer = self.model.tracker_string
+        try:
+            with _library(self.folder):
+                yield
+        finally:
+            # The tracker is saved through a buffer of rank 0's model; DDP needs buffers of one size on all ranks.
+            self.model.tracker_string = buffer
+            self._close()
+
+    # -------------------------------------------------------------------------------------------------------- what is now
+
+    @property
+    def num_dendrites(self) -> int:
+        """Number of dendrites that each layer has now."""
+        return GPA.pai_tracker.member_vars["num_dendrites_added"]
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of distinct parameters of the network as it would be deployed, without training scaffolding."""
+        old = {id(p) for m in self._open_modules for p in list(m.dendrites_to_top)[:-1]}  # the last one is used
+        of_library = (
+            {}
+            if self.args.fused
+            else {
+                id(p)
+                for m in self._open_modules
+                for name in _OF_DENDRITES
+                for p in getattr(m.dendrite_module, name).parameters()
+            }
+        )
+        return sum(p.numel() for p in self.model.parameters() if id(p) not in old and id(p) not in of_library)
+
+    @property
+    def scores_since_best(self) -> int:
+        """Number of scores since the last better one."""
+        member = GPA.pai_tracker.member_vars
+        return member["num_epochs_run"] - member["epoch_last_improved"]
+
+    # ------------------------------------------------------------------------------------------ scores in, a decision out
+
+    def set_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """Tell the library of a new optimizer, which it needs at the next restructure."""
+        GPA.pai_tracker.set_optimizer_instance(optimizer)
+
+    def idle_modules(self) -> list[str]:
+        """Names of layers with dendrites that no gradient has reached yet: the library could not restructure them."""
+        modules = self._open_modules  # in each, the first gradient sets out_channels
+        return [m.name[1:] for m in modules if m.dendrite_module.dendrite_values[0].out_channels == -1]
+
+    def add_score(self, score: float, extra: dict[str, float], test: dict[str, float]) -> Decision:
+        """Give a validation score to the library, which may restructure the network.
+
+        Args:
+            score: of the metric that decides.
+            extra, test: further values by name, for the library's graphs.
+        """
+        tracker = GPA.pai_tracker
+        with self._open():
+            for name, value in extra.items():
+                tracker.add_extra_score(value, name)
+            for name, value in test.items():
+                tracker.add_test_score(value, name)
+            _, restructured, complete = tracker.add_validation_score(score, self.model)
+        if complete:
+            return Decision.COMPLETE
+        return Decision.RESTRUCTURED if restructured else Decision.CONTINUE
+
+    def restore_best(self) -> None:
+        """Bring back the best network so far, where the library keeps one."""
+        if (self.folder / LIBRARY / "best_model.pt").is_file():
+            with self._open():
+                UPA.load_system(self.model, LIBRARY, "best_model", switch_call=True)
+
+    def draw(self) -> None:
+        """Write the library's own graphs and tables into its folder."""
+        member = GPA.pai_tracker.member_vars
+        improved = member["epoch_last_improved"]
+        if not member["accuracies"]:
+            return
+        with self._open():
+            # Between a restructure and the next score it points past the scores, where save_graphs of 3.2.9 fails.
+            member["epoch_last_improved"] = min(improved, len(member["accuracies"]) - 1)
+            GPA.pai_tracker.making_graphs = True
+            GPA.pai_tracker.save_graphs("_tracker")
+            GPA.pai_tracker.making_graphs, member["epoch_last_improved"] = False, improved
+
+    # -------------------------------------------------------------------------------------------- kept, loaded, deployed
+
+    def save(self, folder: Path) -> None:
+        """Write network, dendrites, tracker and the best network so far into a checkpoint."""
+        folder = folder.resolve()
+        with self._open():
+            UPA.save_system(self.model, str(folder), "training")
+        (folder / "training.pt").replace(folder / SYSTEM)
+        if (best := self.folder / LIBRARY / "best_model.pt").is_file():
+            shutil.copyfile(best, folder / BEST)
+
+    def load(self, folder: Path) -> None:
+        """Bring network, dendrites and tracker to where `save` found them. Raises PerforatedError for another network."""
+        if (folder / BEST).is_file():
+            (self.folder / LIBRARY).mkdir(parents=True, exist_ok=True)
+            # Several processes may do this at once, each with the same file.
+            temporary = self.folder / LIBRARY / f"best_model.{time.monotonic_ns()}"
+            shutil.copyfile(folder / BEST, temporary)
+            temporary.replace(self.folder / LIBRARY / "best_model.pt")
+        try:
+            weights = safetensors.torch.load_file(folder / SYSTEM)
+            with self._open():
+                # What UPA.load_system does, except that it forgets the best score and the evaluations since.
+                for module in UPA.get_pai_modules(self.model, 0):
+                    module.set_this_output_dimensions(weights[f"{module.name[1:]}.this_output_dimensions"])
+                UPA.load_net_from_dict(self.model, weights)
+                self.model.load_state_dict(weights)  # the library passes over tensors of another shape
+                GPA.pai_tracker.reset_module_vector(self.model, False)
+                GPA.pai_tracker.from_string(UPA.string_from_tensor(self.model.tracker_string))
+                GPA.pai_tracker.saved_time = time.time()
+                GPA.pai_tracker.loaded = True
+        except (KeyError, RuntimeError) as error:
+            raise PerforatedError(f"{folder} does not fit this network: {str(error)[:400]}") from error
+
+    def deployed_model(self) -> PreTrainedModel:
+        """A copy of the network without training scaffolding: layers of `layers.py`, same logits to the last bit."""
+        memo, activation = {}, layers.activation_name(GPA.pc.get_pai_forward_function())
+        for module in self._open_modules:
+            layer = copy.deepcopy(module.main_module, memo)
+            if module.dendrite_modules_added:
+                dimensions = module.this_output_dimensions.tolist()
+                dendrites, to_dendrites, to_output = _dendrites_of(module)
+                dim, neurons = dimensions.index(0) - len(dimensions), to_output.shape[1]
+                layers.add_dendrites(layer, len(dendrites), dim, activation, neurons)
+                layers.set_dendrites(layer, dendrites, to_dendrites, to_output)
+            memo[id(module)] = layer
+        for module in UPA.get_tracked_modules(self.model, 0):
+            memo[id(module)] = copy.deepcopy(module.main_module, memo)
+        model = copy.deepcopy(self.model, memo)
+        del model.tracker_string
+        return layers.make_dendritic(model)

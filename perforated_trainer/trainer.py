@@ -1,0 +1,507 @@
+"""`PerforatedTrainer`: the Trainer, with dendrites. One `Trainer.train()` per dendrite cycle, on the Trainer's own hooks.
+
+A dendrite makes a different model, which needs a new optimizer, scheduler and wrapper. That is what `Trainer.train()`
+sets up, so there is one such call per dendrite cycle. Each cycle begins with a checkpoint that holds no optimizer and
+no scheduler. A run that was killed goes on through the same code path.
+
+Written for transformers 5.5 to 5.23.
+"""
+
+import contextlib
+import inspect
+import json
+import math
+import pickle
+import shlex
+import sys
+import time
+import uuid
+import zlib
+from pathlib import Path
+
+import safetensors
+from accelerate.utils import broadcast_object_list, gather_object
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    Seq2SeqTrainer,
+    Trainer,
+    TrainerState,
+)
+from transformers import ProgressCallback as StockProgressCallback
+from transformers.trainer_utils import TrainOutput
+from transformers.utils import logging
+
+from . import _compat, checkpoint, report
+from .arguments import DendriteArguments, PerforatedError, check_arguments, is_resumed, run_name
+from .callbacks import (
+    FiniteLossCallback,
+    LogBeforeSaveCallback,
+    PlotCallback,
+    ProgressCallback,
+    StopSignalCallback,
+    say,
+)
+from .convert import perforate
+from .layers import layers_with_dendrites
+from .remote_code import save_code
+from .tracker import Decision, DendriteTracker
+
+# Arguments that say where a run writes, how it reports or what is done beside the training, not what it computes.
+HARMLESS = set(
+    "output_dir resume_from_checkpoint overwrite_run save_name save_strategy save_steps save_total_limit save_on_each_node "
+    "restore_callback_states_from_checkpoint logging_dir logging_strategy logging_steps logging_first_step log_level "
+    "log_level_replica log_on_each_node report_to run_name project trackio_space_id push_to_hub hub_model_id hub_strategy "
+    "hub_token hub_private_repo hub_always_push hub_revision push_to_hub_model_id push_to_hub_organization "
+    "push_to_hub_token disable_tqdm do_train do_eval do_predict dataloader_pin_memory dataloader_persistent_workers "
+    "include_num_input_tokens_seen skip_memory_metrics ddp_timeout logging_nan_inf_filter".split()
+)
+ENDLESS = ("constant", "constant_with_warmup", "reduce_lr_on_plateau", "inverse_sqrt")  # schedules without an end
+
+
+class PerforatedTrainer(Trainer):
+    """A Trainer that adds dendrites, cycle after cycle, until the tracker says that training is complete.
+
+    Args:
+        dendrite_args (`DendriteArguments`): used to convert a model that `perforate` has not converted.
+        test_dataset: is evaluated beside every validation and only reported.
+        others: those of `Trainer`. `args.output_dir` is the folder of the run.
+
+    After `train()` the model is the tracker's best one, and `stopped_by` is "tracker", "max_steps" or "callback".
+    `save_model(folder)` writes the model without training scaffolding, as `from_pretrained` loads it. A subclass that
+    has another Trainer beside this one works: `class Mine(PerforatedTrainer, SFTTrainer)`.
+
+    Raises PerforatedError for settings that cannot work.
+    """
+
+    def __init__(self, *args, dendrite_args: DendriteArguments | None = None, test_dataset=None, **kwargs):
+        if "using_perforatedai" in inspect.signature(super().__init__).parameters:  # Perforated AI's fork
+            kwargs["using_perforatedai"] = False
+        super().__init__(*args, **kwargs)
+        if self.optimizer is not None or self.model_init is not None:
+            raise PerforatedError("each dendrite needs a new optimizer: pass optimizer_cls_and_kwargs, no model_init")
+        tracker = DendriteTracker.current
+        if tracker is None or tracker.model is not self.model:
+            perforate(self.model, dendrite_args or DendriteArguments(), self.args)
+        else:
+            check_arguments(tracker.args, self.args)
+        self.tracker = DendriteTracker.current
+        self.dendrite_args = self.tracker.args
+        self.test_dataset = test_dataset
+        self.score_name = "eval_" + self.args.metric_for_best_model.removeprefix("eval_")
+        self.stopped_by, self.train_seconds, self.decision = None, 0.0, Decision.CONTINUE
+        self.test_metrics = {}
+        self.stop_signal = StopSignalCallback()
+        for callback in (StockProgressCallback, PrinterCallback):
+            self.remove_callback(callback)
+        greater = self.args.greater_is_better
+        for callback in (
+            self.stop_signal,
+            LogBeforeSaveCallback(),
+            FiniteLossCallback(),
+            ProgressCallback(self.score_name, greater, self.dendrite_args.n_epochs_to_switch),
+            PlotCallback(self.score_name, greater),
+        ):
+            self.add_callback(callback)
+
+    @property
+    def run_folder(self) -> Path:
+        """The folder of the run, `args.output_dir`."""
+        return Path(self.args.output_dir)
+
+    @property
+    def num_dendrites(self) -> int:
+        """Number of dendrites that each layer has now."""
+        return self.tracker.num_dendrites
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of distinct parameters of the model as it would be deployed."""
+        return self.tracker.num_parameters
+
+    def deployed_model(self) -> PreTrainedModel:
+        """A copy of the model without training scaffolding; same logits to the last bit."""
+        return self.tracker.deployed_model()
+
+    # ---------------------------------------------------------------- training, one Trainer.train() per dendrite cycle
+
+    def train(self, resume_from_checkpoint=None, *args, **kwargs) -> TrainOutput:
+        """Train until the tracker says that training is complete, or until `max_steps`, a callback or a signal stops it.
+
+        Args:
+            resume_from_checkpoint: a checkpoint's folder; True or "true" for the newest complete checkpoint.
+            others: as `Trainer.train`.
+
+        Raises PerforatedError for a folder that is not free, a checkpoint that cannot be used, a loss that is not
+        finite, a disk that is full, and after a signal.
+        """
+        resumed, start, output = is_resumed(resume_from_checkpoint), None, None
+        if resumed:
+            start = checkpoint.find(resume_from_checkpoint, self.run_folder, say)
+        self._claim(resumed)
+        self._warn_where_no_dendrite_can_come(start)
+        try:
+            with self.stop_signal:
+                while True:
+                    self.decision, complete = Decision.CONTINUE, False
+                    if start:
+                        manifest = json.loads((start / checkpoint.MANIFEST).read_text(encoding="utf-8"))
+                        self._name_other_settings(manifest["settings"], start.name)
+                        self.train_seconds, complete = manifest["train_seconds"], manifest["complete"]
+                    if complete or (start and 0 < self.args.max_steps <= self._step_of(start)):
+                        self._load_from_checkpoint(str(start))
+                        self.state = TrainerState.load_from_json(str(start / "trainer_state.json"))
+                        break
+                    self.optimizer = self.lr_scheduler = None
+                    self.model_wrapped = self.model
+                    _compat.forget_preparation(self.model)
+                    self._began = time.monotonic()
+                    output = super().train(str(start) if start else None, *args, **kwargs)
+                    self.train_seconds += time.monotonic() - self._began
+                    complete = self.decision is Decision.COMPLETE
+                    if complete or self.decision is Decision.CONTINUE:
+                        break
+                    start = self._checkpoint_folder()
+        except KeyError as error:  # the Trainer's words for a metric that evaluation does not produce
+            raise PerforatedError(error.args[0]) if "metric_for_best_model" in str(error) else error from None
+        except pickle.UnpicklingError as error:  # torch.load under weights_only, in the Trainer
+            if not start:
+                raise
+            raise PerforatedError(f"{start} holds a file that is not plain data: {error}") from error
+        self.accelerator.wait_for_everyone()
+        if self.stop_signal.number and not complete:
+            command = shlex.join(["python", *sys.argv, "--resume_from_checkpoint", "true"])
+            stopped = f"stopped at step {self.state.global_step:,} with a checkpoint; to go on: {command}"
+            raise PerforatedError(stopped, 128 + self.stop_signal.number)
+        at_end = 0 < self.state.max_steps <= self.state.global_step
+        self.stopped_by = "tracker" if complete else "max_steps" if at_end else "callback"
+        if not complete:
+            self.tracker.restore_best()
+        self._say_where_no_dendrite_came()
+        return output or TrainOutput(self.state.global_step, 0.0, {})
+
+    def _claim(self, resumed: bool) -> None:
+        """Make `output_dir` the folder of this run, in rank 0; the others look whether they see it."""
+        token, error = broadcast_object_list([uuid.uuid4().hex, None])[0], None
+        if self.is_world_process_zero():
+            try:
+                overwrite = self.dendrite_args.overwrite_run
+                checkpoint.claim(self.run_folder, shlex.join(sys.argv), token, overwrite, resumed)
+            except (PerforatedError, OSError) as caught:
+                error = f"{caught}"
+        self.accelerator.wait_for_everyone()
+        if error := broadcast_object_list([error])[0]:
+            raise PerforatedError(error)
+        seen = gather_object([checkpoint.holds_token(self.run_folder, token)])
+        if not all(seen):
+            raise PerforatedError(
+                f"{self.run_folder} is not the same folder for all processes: on several machines, --output_dir must be "
+                "on a disk that they share"
+            )
+        self.tracker.folder = self.run_folder.resolve()
+
+    def _decide(self, metrics: dict[str, float]) -> Decision:
+        """Give an evaluation to the tracker. Rank 0 alone does, and tells the others what it decided."""
+        score = metrics[self.score_name]
+        if not math.isfinite(score):
+            raise PerforatedError(f"{self.score_name} is {score}: it cannot decide", exit_status=1)
+        if idle := self.tracker.idle_modules():
+            raise PerforatedError(f"no training reached {', '.join(idle)}: set --module_ids_to_track {' '.join(idle)}")
+        decision = Decision.CONTINUE
+        if self.is_world_process_zero():
+            before, name = self.num_dendrites, report.unit(self.score_name)
+            losses = [entry["loss"] for entry in self.state.log_history[-9:] if "loss" in entry]
+            extra = {"train loss": losses[-1]} if losses and math.isfinite(losses[-1]) else {}
+            test = {f"test {name}": self.test_metrics[f"test_{name}"]} if self.test_metrics else {}
+            decision = self.tracker.add_score(score, extra, test)
+            if decision is Decision.RESTRUCTURED:
+                rows = report.scores(self.state.log_history, self.score_name)
+                best = report.best(rows, self.score_name, self.args.greater_is_better)[self.score_name]
+                grown = f"{before} -> {report.count(self.num_dendrites, 'dendrite')}"
+                if before == self.num_dendrites:
+                    grown = f"dendrite {before} did not help and is tried anew"
+                say(
+                    f"step {self.state.global_step:,}: {grown}, {self.num_parameters:,} parameters, "
+                    f"best {report.unit(self.score_name)} so far {best:.4f}"
+                )
+        return broadcast_object_list([decision])[0]
+
+    def _warn_where_no_dendrite_can_come(self, start: Path | None) -> None:
+        """Say before the training that it will end without a dendrite, where that is sure."""
+        args, patience = self.args, self.dendrite_args.n_epochs_to_switch
+        if start or not self.dendrite_args.doing_pai or self.dendrite_args.testing_dendrite_capacity:
+            return
+        epochs, steps = args.num_train_epochs, args.max_steps
+        if steps <= 0 and hasattr(self.train_dataset, "__len__"):
+            batch = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+            steps = math.ceil(math.ceil(len(self.train_dataset) / batch) * epochs)
+        if args.eval_strategy == "steps" and steps > 0:
+            evaluations = steps // int(args.eval_steps) if args.eval_steps >= 1 else int(1 / args.eval_steps)
+        elif args.eval_strategy == "epoch" and args.max_steps <= 0:
+            evaluations = math.ceil(epochs)
+        else:
+            return
+        if evaluations <= patience:
+            say(
+                f"warning: no dendrite can be added: {report.count(evaluations, 'evaluation')} in all, "
+                f"--n_epochs_to_switch {patience}. Train longer, evaluate more often (--eval_steps) or lower it"
+            )
+
+    def _say_where_no_dendrite_came(self) -> None:
+        """Say after the training that no dendrite came, and why."""
+        rows = report.scores(self.state.log_history, self.score_name)
+        if not self.dendrite_args.doing_pai or any(row["dendrites"] for row in rows) or self.num_dendrites:
+            return
+        say(
+            f"warning: this run ended without a single dendrite: {report.count(len(rows), 'evaluation')} in all, and one "
+            f"is added after {self.dendrite_args.n_epochs_to_switch} without a better score (--n_epochs_to_switch)"
+        )
+
+    def _name_other_settings(self, then: dict, name: str) -> None:
+        now = self.settings()
+        for setting in sorted(now.keys() | then.keys()):
+            if now.get(setting) != then.get(setting):
+                say(f"warning: {setting} was {then.get(setting)} in {name} and is now {now.get(setting)}")
+
+    def settings(self) -> dict:
+        """What a resumed run should share with the run that wrote the checkpoint."""
+        settings = {k: v for k, v in (self.args.to_dict() | vars(self.dendrite_args)).items() if k not in HARMLESS}
+        if self.args.lr_scheduler_type in ENDLESS:  # then it only matters when to stop
+            del settings["max_steps"], settings["num_train_epochs"]
+        settings |= {"world_size": self.args.world_size}
+        for name in ("train_dataset", "eval_dataset", "test_dataset"):
+            data = getattr(self, name)
+            if hasattr(data, "__len__") and hasattr(data, "__getitem__") and not isinstance(data, dict):
+                settings[name] = f"{len(data)} examples, first {zlib.crc32(repr(data[0]).encode()):08x}"
+        return json.loads(json.dumps(settings, default=str))
+
+    # --------------------------------------------------------------------------------------- the Trainer's hooks: a step
+
+    def create_optimizer(self, *args, **kwargs):
+        """As `Trainer.create_optimizer`; the library is told of the new optimizer."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        self.tracker.set_optimizer(optimizer)
+        return optimizer
+
+    def floating_point_ops(self, inputs):
+        """As `Trainer.floating_point_ops`, but without counting the parameters anew at each step."""
+        data = inputs.get(self.model.main_input_name)
+        return 0 if data is None else 6 * data.numel() * self._num_parameters_of(self.num_dendrites)
+
+    def _num_parameters_of(self, dendrites: int) -> int:
+        counted = self.__dict__.setdefault("_counted", {})
+        if dendrites not in counted:  # the number of dendrites determines the structure
+            counted[dendrites] = self.num_parameters
+        return counted[dendrites]
+
+    def log(self, logs, *args, **kwargs):
+        """As `Trainer.log`; dendrites and parameters become series in TensorBoard, wandb and the log history."""
+        if self.is_in_train:
+            logs |= {"dendrites": self.num_dendrites, "parameters": self._num_parameters_of(self.num_dendrites)}
+        super().log(logs, *args, **kwargs)
+
+    # --------------------------------------------------------------------------------- the Trainer's hooks: an evaluation
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval", **kwargs):
+        """As `Trainer.evaluate`; while training, the test data first, for the report."""
+        if self.is_in_train and eval_dataset is None and self.test_dataset is not None:
+            self.test_metrics = super().evaluate(self.test_dataset, ignore_keys, "test", **kwargs)
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix, **kwargs)
+
+    def _evaluate(self, *args, **kwargs):
+        """As `Trainer._evaluate`, the evaluations while training; then the tracker decides how to go on."""
+        metrics = super()._evaluate(*args, **kwargs)
+        if self.state.global_step:  # not on an evaluation before the first step, --eval_on_start
+            self.decision = self._decide(metrics)
+            if self.decision is not Decision.CONTINUE:
+                self.control.should_save = self.control.should_training_stop = True
+        return metrics
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None, **kwargs):
+        """As `Trainer.prediction_step`; the loss leaves out what fills up the last batch of several processes.
+
+        accelerate repeats examples there. Their predictions are cut off when they are gathered, but the stock loss is a
+        mean over them too and so depends on the number of processes.
+        """
+        output = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys, **kwargs)
+        data = self.accelerator.gradient_state
+        if self.args.world_size > 1 and data.end_of_dataloader and data.remainder > 0 and output[0] is not None:
+            size = len(next(iter(inputs.values())))
+            real = data.remainder - self.args.process_index * size
+            if 0 < real < size:
+                inputs = {name: value[:real] for name, value in inputs.items()}
+                return super().prediction_step(model, inputs, True)[0], *output[1:]
+        return output
+
+    # ---------------------------------------------------------------------------------- the Trainer's hooks: a checkpoint
+
+    def _checkpoint_folder(self) -> Path:
+        return self.run_folder / f"checkpoint-{self.state.global_step}"
+
+    def _save_checkpoint(self, model, trial):
+        """As `Trainer._save_checkpoint`; the checkpoint counts once all of it is there, and only then old ones go."""
+        folder, limit = self._checkpoint_folder(), self.args.save_total_limit
+        self.state.best_global_step = None  # the tracker keeps the best model, the Trainer need not
+        self.args.save_total_limit = None  # the Trainer would delete an old checkpoint before the new one is sealed
+        try:
+            if self.is_world_process_zero():
+                checkpoint.discard(folder)
+                folder.mkdir(parents=True)
+            self.accelerator.wait_for_everyone()  # before other processes write their random state there
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.is_world_process_zero():
+                self.tracker.save(folder)
+                facts = {
+                    "complete": self.decision is Decision.COMPLETE,
+                    "train_seconds": self.train_seconds + time.monotonic() - self._began,
+                    "settings": self.settings(),
+                }
+                checkpoint.seal(folder, facts)
+                checkpoint.rotate(self.run_folder, limit)
+        except (OSError, safetensors.SafetensorError, RuntimeError) as error:
+            # torch.save says "PytorchStreamWriter failed" on a full disk
+            if isinstance(error, PerforatedError) or not _is_about_files(error):
+                raise
+            raise PerforatedError(
+                f"{folder} cannot be written: {error}. Earlier checkpoints are still good: go on with "
+                "--resume_from_checkpoint true",
+                exit_status=1,
+            ) from error
+        finally:
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        """As in `Trainer`; nothing where the structure has just changed: they belong to the network before that."""
+        if self.decision is Decision.CONTINUE:
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _save_scaler(self, output_dir):
+        if self.decision is Decision.CONTINUE:
+            super()._save_scaler(output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        """The only place where model, dendrites and tracker are loaded; `Trainer` does the rest."""
+        self.tracker.load(Path(resume_from_checkpoint))
+        self.accelerator.wait_for_everyone()
+
+    @staticmethod
+    def _step_of(folder: Path) -> int:
+        return json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
+
+    # ------------------------------------------------------------------------------------- the Trainer's hooks: the model
+
+    def _save(self, output_dir=None, state_dict=None):
+        """Write the model as it is deployed, wherever `save_model` is called from, with the code that it needs."""
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        bars = logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()  # of files being written
+        try:
+            model = self.deployed_model()
+            model.save_pretrained(folder, save_original_format=False)
+            if layers_with_dendrites(model) or not type(model).__module__.startswith("transformers."):
+                save_code(model, folder)
+            processor = self.processing_class or getattr(self.data_collator, "tokenizer", None)
+            if processor is not None:
+                processor.save_pretrained(folder)
+        finally:
+            if bars:
+                logging.enable_progress_bar()
+
+    def cycles(self) -> list[dict]:
+        """For each number of dendrites: parameters, the best validation score, its step and the other scores there."""
+        return report.cycles(self.state.log_history, self.score_name, self.args.greater_is_better)
+
+    def save_results(self, dataset: dict) -> dict:
+        """Write `final/` (the model and a card) and `results.json`, each whole or not at all; print and return them.
+
+        Args:
+            dataset: its "name" and the sizes of its parts, for the record.
+        """
+        final = {"dendrites": self.num_dendrites, "parameters": self.num_parameters}
+        for data, part in ((self.eval_dataset, "validation"), (self.test_dataset, "test")):
+            if data is not None:
+                scores = self.evaluate(data, metric_key_prefix=part)
+                final |= {name: score for name, score in scores.items() if report.is_reported(name, self.score_name)}
+        self.results = {
+            "stopped_by": self.stopped_by,
+            "testing_dendrite_capacity": self.dendrite_args.testing_dendrite_capacity,
+            "dataset": dataset,
+            "metric": self.score_name,
+            "greater_is_better": self.args.greater_is_better,
+            "seed": self.args.seed,
+            "cycles": self.cycles(),
+            "final": final,
+            "global_step": self.state.global_step,
+            "train_seconds": round(self.train_seconds, 3),
+            "steps_per_second": round(self.state.global_step / max(self.train_seconds, 1e-9), 1),
+            "command": shlex.join(sys.argv),
+            "versions": report.installed_versions(),
+        }
+        if self.args.should_save:
+            with self._whole_final_folder():
+                self.save_model(_internal_call=True)
+                self.create_model_card()
+            checkpoint.write_whole(self.run_folder / checkpoint.RESULTS, json.dumps(self.results, indent=2) + "\n")
+        say(report.summary(self.results, self.run_folder))
+        if self.dendrite_args.testing_dendrite_capacity:
+            say(f"Largest memory in use: {report.peak_memory()}")
+        return self.results
+
+    # -------------------------------------------------------------------------------------------------------- model card
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """Write the model's README.md into `output_dir`; after `save_results`, with its scores and how to load it."""
+        results = getattr(self, "results", None)
+        if results is None:
+            super().create_model_card(*args, **kwargs)
+        elif self.is_world_process_zero():
+            kind, processor = type(self.model), self.processing_class is not None
+            name = kwargs.get("model_name") or run_name(self.args)
+            own = not kind.__module__.startswith("transformers.")
+            card = report.model_card(results, name, kind.__name__, processor, own)
+            checkpoint.write_whole(Path(self.args.output_dir, "README.md"), card)
+
+    @contextlib.contextmanager
+    def _output_dir(self, folder: Path):
+        """Let the Trainer's own methods work in another folder."""
+        run_folder, self.args.output_dir = self.args.output_dir, str(folder)
+        try:
+            yield
+        finally:
+            self.args.output_dir = run_folder
+
+    @contextlib.contextmanager
+    def _whole_final_folder(self):
+        """Write `final/` whole or not at all: under another name first."""
+        final = self.run_folder / checkpoint.FINAL
+        unfinished = final.with_name(f"{checkpoint.FINAL}.unfinished")
+        checkpoint.remove_model(unfinished)
+        with self._output_dir(unfinished):
+            yield
+        checkpoint.remove_model(final)
+        unfinished.replace(final)
+
+    # ---------------------------------------------------------------------------------------------------------- the Hub
+
+    def push_to_hub(self, *args, **kwargs):
+        """As `Trainer.push_to_hub`; what is uploaded is `final/`, the model with its card, not the run."""
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=kwargs.get("token"), private=kwargs.get("private"))
+        kwargs.setdefault("model_name", (self.args.hub_model_id or run_name(self.args)).split("/")[-1])
+        with self._output_dir(self.run_folder / checkpoint.FINAL):
+            return super().push_to_hub(*args, **kwargs)
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        """Nothing while training: the Trainer would upload the run folder. `push_to_hub` uploads the model at the end."""
+
+
+class PerforatedSeq2SeqTrainer(PerforatedTrainer, Seq2SeqTrainer):
+    """`PerforatedTrainer` for models that are evaluated by what they generate, `predict_with_generate`."""
+
+
+def _is_about_files(error: Exception) -> bool:
+    return not isinstance(error, RuntimeError) or "PytorchStreamWriter" in str(error)
