@@ -1,5 +1,6 @@
 """The settings of dendrites, what TrainingArguments cannot be with them, and the one type of error."""
 
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,3 +110,24 @@ def check_arguments(dendrite_args: DendriteArguments, args: TrainingArguments) -
     # Without a GPU the Trainer takes several processes for separate runs, which would race for one folder.
     if int(os.environ.get("WORLD_SIZE", "1")) > args.world_size:
         raise PerforatedError("several processes without a GPU: --use_cpu is needed, which trains them with gloo")
+
+
+# Arguments that say where a run writes, how it reports or what is done beside the training, not what it computes.
+_HARMLESS = set(
+    "output_dir resume_from_checkpoint overwrite_run save_name save_strategy save_steps save_total_limit "
+    "save_on_each_node restore_callback_states_from_checkpoint logging_dir logging_strategy logging_steps "
+    "logging_first_step log_level log_level_replica log_on_each_node report_to run_name project trackio_space_id "
+    "push_to_hub hub_model_id hub_strategy hub_token hub_private_repo hub_always_push hub_revision disable_tqdm "
+    "do_train do_eval do_predict dataloader_pin_memory dataloader_persistent_workers include_num_input_tokens_seen "
+    "skip_memory_metrics ddp_timeout logging_nan_inf_filter".split()
+)
+_ENDLESS = ("constant", "constant_with_warmup", "reduce_lr_on_plateau", "inverse_sqrt")  # schedules without an end
+
+
+def compared_settings(dendrite_args: DendriteArguments, training_args: TrainingArguments) -> dict:
+    """The settings that a resumed run should share with the run that it goes on with, as JSON has them."""
+    settings = training_args.to_dict() | vars(dendrite_args) | {"world_size": training_args.world_size}
+    settings = {name: value for name, value in settings.items() if name not in _HARMLESS}
+    if training_args.lr_scheduler_type in _ENDLESS:  # then these only say when to stop
+        del settings["max_steps"], settings["num_train_epochs"]
+    return json.loads(json.dumps(settings, default=str))

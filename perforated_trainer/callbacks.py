@@ -12,7 +12,7 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
-from . import report
+from . import plot, report
 from .arguments import PerforatedError, run_name
 from .tracker import DendriteTracker
 
@@ -105,7 +105,7 @@ class PlotCallback(TrainerCallback):
         if state.is_world_process_zero:
             DendriteTracker.current.draw()
             path = Path(args.output_dir, f"{run_name(args)}.png")
-            report.draw(state.log_history, self.score_name, self.greater_is_better, path)
+            plot.draw(state.log_history, self.score_name, self.greater_is_better, path)
 
 
 class StopSignalCallback(TrainerCallback):

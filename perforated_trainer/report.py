@@ -5,20 +5,17 @@ metric, greater_is_better, seed, cycles (for each number of dendrites the best v
 that step), final, global_step, train_seconds, steps_per_second, command, versions.
 """
 
+import math
 import re
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from transformers import TrainingArguments
+
+from .arguments import DendriteArguments
+
 PACKAGES = ("torch", "torchvision", "transformers", "perforatedai", "accelerate", "datasets", "safetensors")
-TASKS = {  # the end of a model's class name, and the pipeline that it is for
-    "ForImageClassification": "image-classification",
-    "ForMaskedLM": "fill-mask",
-    "ForSequenceClassification": "text-classification",
-    "ForTokenClassification": "token-classification",
-    "ForCausalLM": "text-generation",
-    "LMHeadModel": "text-generation",
-}
 
 
 def count(number: int, noun: str) -> str:
@@ -121,6 +118,39 @@ def table(rows: list[dict]) -> str:
     return "\n".join("  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)) for line in lines)
 
 
+def no_dendrite_can_come(dendrite_args: DendriteArguments, args: TrainingArguments, train_dataset) -> str | None:
+    """A warning for settings by which a run is sure to end without a dendrite, where the sizes are known."""
+    steps = args.max_steps
+    if not dendrite_args.doing_pai or dendrite_args.testing_dendrite_capacity:
+        return None
+    if steps <= 0 and hasattr(train_dataset, "__len__"):
+        batches = math.ceil(len(train_dataset) / (args.train_batch_size * args.world_size))
+        steps = math.ceil(math.ceil(batches / args.gradient_accumulation_steps) * args.num_train_epochs)
+    if args.eval_strategy == "steps" and steps > 0:
+        evaluations = int(steps / args.eval_steps if args.eval_steps >= 1 else 1 / args.eval_steps)
+    elif args.eval_strategy == "epoch" and args.max_steps <= 0:
+        evaluations = math.ceil(args.num_train_epochs)
+    else:
+        return None
+    if evaluations > dendrite_args.n_epochs_to_switch:
+        return None
+    return (
+        f"warning: no dendrite can be added: {count(evaluations, 'evaluation')} in all, --n_epochs_to_switch "
+        f"{dendrite_args.n_epochs_to_switch}. Train longer, evaluate more often (--eval_steps) or lower it"
+    )
+
+
+def no_dendrite_came(dendrite_args: DendriteArguments, log_history: list[dict], score_name: str) -> str | None:
+    """A warning for a run that ended without a single dendrite, with the reason."""
+    rows = scores(log_history, score_name)
+    if not dendrite_args.doing_pai or any(row["dendrites"] for row in rows):
+        return None
+    return (
+        f"warning: this run ended without a single dendrite: {count(len(rows), 'evaluation')} in all, and one is added "
+        f"after {dendrite_args.n_epochs_to_switch} without a better score (--n_epochs_to_switch)"
+    )
+
+
 def comparison(results: dict) -> str:
     """How much better the kept model is than the best one without dendrites, in one sentence."""
     first, kept = results["cycles"][0], results["final"]
@@ -160,139 +190,3 @@ def summary(results: dict, folder: Path) -> str:
     if results["testing_dendrite_capacity"]:
         lines.append("This was a test of dendrite capacity, not a training run.")
     return "\n".join(lines)
-
-
-def model_card(results: dict, name: str, model_class: str, processor: bool, custom_code: bool) -> str:
-    """The README.md of the model: metadata with the scores, and the lines that load it, ready to copy.
-
-    Args:
-        results: what `results.json` holds.
-        name: of the model on the Hub.
-        model_class: the class of the model, such as "BertForMaskedLM".
-        processor: whether an image processor or a tokenizer lies beside the model.
-        custom_code: whether the model's class is not one of transformers'.
-    """
-    from huggingface_hub import EvalResult, ModelCardData
-
-    task = next((task for end, task in TASKS.items() if model_class.endswith(end)), None)
-    data, final = results["dataset"].get("name", "not named"), results["final"]
-    scores = {key: value for key, value in final.items() if key not in ("dendrites", "parameters")}
-    evaluations = [
-        EvalResult(
-            task_type=task or "other",
-            dataset_type=re.sub(r"[^\w./-]+", "-", data),
-            dataset_name=data,
-            dataset_split=key.split("_")[0],
-            metric_type=unit(key),
-            metric_value=value,
-            metric_name=key.replace("_", " "),
-        )
-        for key, value in scores.items()
-    ]
-    metadata = ModelCardData(
-        library_name="transformers",
-        pipeline_tag=task,
-        tags=["perforated-ai", "dendrites"],
-        model_name=name,
-        eval_results=evaluations or None,
-    )
-    without = results["cycles"][0]["parameters"] if results["cycles"] else final["parameters"]
-    code = "import perforated_trainer\n"
-    trusted = ", trust_remote_code=True" if custom_code else ""
-    if task and processor:
-        code += f'from transformers import pipeline\n\nmodel = pipeline("{task}", model="."{trusted})'
-    elif custom_code:
-        auto = f"AutoModel{next((end for end in TASKS if model_class.endswith(end)), '')}"
-        code += f'from transformers import {auto}\n\nmodel = {auto}.from_pretrained("."{trusted})'
-    else:
-        code += f'from transformers import {model_class}\n\nmodel = {model_class}.from_pretrained(".")'
-    shown = "\n".join(f"| {key.replace('_', ' ')} | {value:.4f} |" for key, value in scores.items())
-    return f"""---
-{metadata.to_yaml()}
----
-# {name}
-
-A `{model_class}` with {count(final["dendrites"], "dendrite")} in each layer that can have some, trained with Perforated
-AI's dendrites. {final["parameters"]:,} parameters; {without:,} without dendrites. Trained on: {data}.
-
-| score | value |
-| --- | --- |
-{shown}
-
-To use it from this folder (`"."` is its path, or its name on the Hub):
-
-```python
-{code}
-```
-
-Without `perforated_trainer`, the code in the folder does the same: leave out that import and give
-`trust_remote_code=True`.
-"""
-
-
-# -------------------------------------------------------------------------------------------------------- as a picture
-
-
-def draw(log_history: list[dict], score_name: str, greater_is_better: bool, path: Path, without: float | None = None):
-    """Draw the scores while training, and by number of dendrites, as a PNG of 1100 x 400 pixels.
-
-    Args:
-        log_history, score_name, greater_is_better: as for `cycles`.
-        path: of the PNG file.
-        without: test score of a network trained the same way without dendrites, drawn as a line.
-    """
-    from matplotlib.figure import Figure
-
-    rows, groups = scores(log_history, score_name), cycles(log_history, score_name, greater_is_better)
-    if not rows:
-        return
-    kept = best(groups, "best_validation", greater_is_better)
-    name = unit(score_name)
-    shown = (lambda value: 100 * (1 - value)) if name == "accuracy" else (lambda value: value)
-    label = "error (%)" if name == "accuracy" else name
-    parts = {"validation": score_name} | ({f"test_{name}": f"test_{name}"} if f"test_{name}" in rows[0] else {})
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-    values = []
-    for key, style in zip(parts.values(), ("-", "--"), strict=False):
-        points = [(row["step"], shown(row[key])) for row in rows if key in row]
-        left.plot(*zip(*points, strict=True), style, label="test" if key.startswith("test_") else "validation")
-        values.append([value for _, value in points])
-    before = 0
-    for cycle in groups[1:]:
-        step = min(row["step"] for row in rows if row["dendrites"] == cycle["dendrites"])
-        start = max((row["step"] for row in rows if row["step"] < step), default=step)
-        left.axvline(start, color="0.6", linewidth=1)
-        more = cycle["dendrites"] - before
-        left.annotate(f" +{count(more, 'dendrite')}", (start, 0.95), xycoords=("data", "axes fraction"), fontsize=8)
-        before = cycle["dendrites"]
-    # Up to the ninth decile: the first steps would flatten the rest.
-    everything = sorted(value for column in values for value in column)
-    low, high = everything[0], max(sorted(column)[int(0.9 * (len(column) - 1))] for column in values)
-    left.set(ylim=(low - 0.2 * (high - low) - 1e-6, high + 0.2 * (high - low) + 1e-6))
-    left.set(xlabel="training steps", ylabel=label)
-    both = "Validation and test" if len(parts) > 1 else "Validation"
-    left.set_title(f"{both} {label.removesuffix(' (%)')} while training")
-    left.plot(kept["global_step"], shown(kept["best_validation"]), "o", color="0.2", label="kept model", zorder=3)
-    left.legend(loc="lower left", fontsize=8)
-    key, part = (f"test_{name}", "Test") if len(parts) > 1 else ("best_validation", "Validation")
-    bars = [shown(cycle[key]) for cycle in groups]
-    colors = ["C0" if cycle is kept else "0.8" for cycle in groups]
-    drawn = right.bar([str(cycle["dendrites"]) for cycle in groups], bars, color=colors, edgecolor="0.2")
-    right.bar_label(
-        drawn,
-        [
-            f"{value:.3g}" + (" kept" if cycle is kept else "") + f"\n{cycle['parameters']:,}"
-            for value, cycle in zip(bars, groups, strict=True)
-        ],
-        fontsize=8,
-    )
-    if without is not None:
-        right.axhline(shown(without), color="C3", linestyle="--", label="trained the same way, without dendrites")
-        right.legend(loc="lower right", fontsize=8)
-    right.margins(y=0.2)
-    right.set(xlabel="dendrites in each layer (below each score: parameters)", ylabel=label)
-    right.set_title(f"{part} {label.removesuffix(' (%)')} by number of dendrites")
-    unfinished = path.with_name(f"unfinished.{path.name}")
-    figure.savefig(unfinished, dpi=100)
-    unfinished.replace(path)

@@ -60,8 +60,8 @@ def _stop(*args, **kwargs):
 
 @contextlib.contextmanager
 def _library(folder: Path) -> Iterator[None]:
-    """Around calls into perforatedai, which writes below the current folder, and on errors prints, then opens a debugger
-    or exits: makes that an error."""
+    """Around calls into perforatedai, which writes below the current folder. Where it prints an error and opens a
+    debugger or exits, that becomes a PerforatedError."""
     heard, set_trace = io.StringIO(), pdb.set_trace
     pdb.set_trace = _stop
     try:
@@ -76,7 +76,7 @@ def _library(folder: Path) -> Iterator[None]:
         logger.debug(heard.getvalue())
 
 
-# ------------------------------------------------------------------------------------------- a layer while it is trained
+# ----------------------------------------------------------------------------------------- a layer while it is trained
 
 _library_forward = MPA.PAINeuronModule.forward
 
@@ -122,7 +122,7 @@ _OF_DENDRITES = ("parent_module", "dendrites_to_candidates", "dendrite_values")
 
 
 def _dendrites_of(module) -> tuple[list, list, torch.Tensor | None]:
-    """The dendrites of a layer, the weights between them (a row for each, none for the first) and those to its output."""
+    """The dendrites of a layer, the weights between them (a row for each but the first) and those to its output."""
     number = module.dendrite_modules_added
     if not number:
         return [], [], None
@@ -145,7 +145,7 @@ def _register(module: torch.nn.Module, order: tuple[str, ...]) -> None:
             module._modules[name] = module._modules.pop(name)
 
 
-# ---------------------------------------------------------------------------------------------------------- the tracker
+# --------------------------------------------------------------------------------------------------------- the tracker
 
 
 class DendriteTracker:
@@ -225,7 +225,7 @@ class DendriteTracker:
         self._close()
         DendriteTracker.current = self
 
-    # ------------------------------------------------------------------------------------------- open and closed network
+    # ----------------------------------------------------------------------------------------- open and closed network
 
     def _close(self) -> None:
         """Leave in the network what a training step needs."""
@@ -259,7 +259,7 @@ class DendriteTracker:
             self.model.tracker_string = buffer
             self._close()
 
-    # -------------------------------------------------------------------------------------------------------- what is now
+    # ----------------------------------------------------------------------------------------------------- what is now
 
     @property
     def num_dendrites(self) -> int:
@@ -288,7 +288,7 @@ class DendriteTracker:
         member = GPA.pai_tracker.member_vars
         return member["num_epochs_run"] - member["epoch_last_improved"]
 
-    # ------------------------------------------------------------------------------------------ scores in, a decision out
+    # --------------------------------------------------------------------------------------- scores in, a decision out
 
     def set_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Tell the library of a new optimizer, which it needs at the next restructure."""
@@ -336,7 +336,7 @@ class DendriteTracker:
             GPA.pai_tracker.save_graphs("_tracker")
             GPA.pai_tracker.making_graphs, member["epoch_last_improved"] = False, improved
 
-    # -------------------------------------------------------------------------------------------- kept, loaded, deployed
+    # ------------------------------------------------------------------------------------------ kept, loaded, deployed
 
     def save(self, folder: Path) -> None:
         """Write network, dendrites, tracker and the best network so far into a checkpoint."""
@@ -348,7 +348,7 @@ class DendriteTracker:
             shutil.copyfile(best, folder / BEST)
 
     def load(self, folder: Path) -> None:
-        """Bring network, dendrites and tracker to where `save` found them. Raises PerforatedError for another network."""
+        """Bring network, dendrites and tracker to where `save` found them. PerforatedError for another network."""
         if (folder / BEST).is_file():
             (self.folder / LIBRARY).mkdir(parents=True, exist_ok=True)
             # Several processes may do this at once, each with the same file.

@@ -1,4 +1,4 @@
-"""`PerforatedTrainer`: the Trainer, with dendrites. One `Trainer.train()` per dendrite cycle, on the Trainer's own hooks.
+"""`PerforatedTrainer`: the Trainer with dendrites. One `Trainer.train()` per dendrite cycle, on the Trainer's hooks.
 
 A dendrite makes a different model, which needs a new optimizer, scheduler and wrapper. That is what `Trainer.train()`
 sets up, so there is one such call per dendrite cycle. Each cycle begins with a checkpoint that holds no optimizer and
@@ -32,8 +32,8 @@ from transformers import ProgressCallback as StockProgressCallback
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
-from . import _compat, checkpoint, report
-from .arguments import DendriteArguments, PerforatedError, check_arguments, is_resumed, run_name
+from . import _compat, checkpoint, model_card, report
+from .arguments import DendriteArguments, PerforatedError, check_arguments, compared_settings, is_resumed, run_name
 from .callbacks import (
     FiniteLossCallback,
     LogBeforeSaveCallback,
@@ -46,17 +46,6 @@ from .convert import perforate
 from .layers import layers_with_dendrites
 from .remote_code import save_code
 from .tracker import Decision, DendriteTracker
-
-# Arguments that say where a run writes, how it reports or what is done beside the training, not what it computes.
-HARMLESS = set(
-    "output_dir resume_from_checkpoint overwrite_run save_name save_strategy save_steps save_total_limit save_on_each_node "
-    "restore_callback_states_from_checkpoint logging_dir logging_strategy logging_steps logging_first_step log_level "
-    "log_level_replica log_on_each_node report_to run_name project trackio_space_id push_to_hub hub_model_id hub_strategy "
-    "hub_token hub_private_repo hub_always_push hub_revision push_to_hub_model_id push_to_hub_organization "
-    "push_to_hub_token disable_tqdm do_train do_eval do_predict dataloader_pin_memory dataloader_persistent_workers "
-    "include_num_input_tokens_seen skip_memory_metrics ddp_timeout logging_nan_inf_filter".split()
-)
-ENDLESS = ("constant", "constant_with_warmup", "reduce_lr_on_plateau", "inverse_sqrt")  # schedules without an end
 
 
 class PerforatedTrainer(Trainer):
@@ -126,7 +115,7 @@ class PerforatedTrainer(Trainer):
     # ---------------------------------------------------------------- training, one Trainer.train() per dendrite cycle
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs) -> TrainOutput:
-        """Train until the tracker says that training is complete, or until `max_steps`, a callback or a signal stops it.
+        """Train until the tracker says that training is complete, or `max_steps`, a callback or a signal stops it.
 
         Args:
             resume_from_checkpoint: a checkpoint's folder; True or "true" for the newest complete checkpoint.
@@ -139,7 +128,8 @@ class PerforatedTrainer(Trainer):
         if resumed:
             start = checkpoint.find(resume_from_checkpoint, self.run_folder, say)
         self._claim(resumed)
-        self._warn_where_no_dendrite_can_come(start)
+        if not start and (warning := report.no_dendrite_can_come(self.dendrite_args, self.args, self.train_dataset)):
+            say(warning)
         try:
             with self.stop_signal:
                 while True:
@@ -177,7 +167,8 @@ class PerforatedTrainer(Trainer):
         self.stopped_by = "tracker" if complete else "max_steps" if at_end else "callback"
         if not complete:
             self.tracker.restore_best()
-        self._say_where_no_dendrite_came()
+        if warning := report.no_dendrite_came(self.dendrite_args, self.state.log_history, self.score_name):
+            say(warning)
         return output or TrainOutput(self.state.global_step, 0.0, {})
 
     def _claim(self, resumed: bool) -> None:
@@ -195,8 +186,8 @@ class PerforatedTrainer(Trainer):
         seen = gather_object([checkpoint.holds_token(self.run_folder, token)])
         if not all(seen):
             raise PerforatedError(
-                f"{self.run_folder} is not the same folder for all processes: on several machines, --output_dir must be "
-                "on a disk that they share"
+                f"{self.run_folder} is not the same folder for all processes: on several machines, --output_dir must "
+                "be on a disk that they share"
             )
         self.tracker.folder = self.run_folder.resolve()
 
@@ -226,37 +217,6 @@ class PerforatedTrainer(Trainer):
                 )
         return broadcast_object_list([decision])[0]
 
-    def _warn_where_no_dendrite_can_come(self, start: Path | None) -> None:
-        """Say before the training that it will end without a dendrite, where that is sure."""
-        args, patience = self.args, self.dendrite_args.n_epochs_to_switch
-        if start or not self.dendrite_args.doing_pai or self.dendrite_args.testing_dendrite_capacity:
-            return
-        epochs, steps = args.num_train_epochs, args.max_steps
-        if steps <= 0 and hasattr(self.train_dataset, "__len__"):
-            batch = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
-            steps = math.ceil(math.ceil(len(self.train_dataset) / batch) * epochs)
-        if args.eval_strategy == "steps" and steps > 0:
-            evaluations = steps // int(args.eval_steps) if args.eval_steps >= 1 else int(1 / args.eval_steps)
-        elif args.eval_strategy == "epoch" and args.max_steps <= 0:
-            evaluations = math.ceil(epochs)
-        else:
-            return
-        if evaluations <= patience:
-            say(
-                f"warning: no dendrite can be added: {report.count(evaluations, 'evaluation')} in all, "
-                f"--n_epochs_to_switch {patience}. Train longer, evaluate more often (--eval_steps) or lower it"
-            )
-
-    def _say_where_no_dendrite_came(self) -> None:
-        """Say after the training that no dendrite came, and why."""
-        rows = report.scores(self.state.log_history, self.score_name)
-        if not self.dendrite_args.doing_pai or any(row["dendrites"] for row in rows) or self.num_dendrites:
-            return
-        say(
-            f"warning: this run ended without a single dendrite: {report.count(len(rows), 'evaluation')} in all, and one "
-            f"is added after {self.dendrite_args.n_epochs_to_switch} without a better score (--n_epochs_to_switch)"
-        )
-
     def _name_other_settings(self, then: dict, name: str) -> None:
         now = self.settings()
         for setting in sorted(now.keys() | then.keys()):
@@ -265,17 +225,14 @@ class PerforatedTrainer(Trainer):
 
     def settings(self) -> dict:
         """What a resumed run should share with the run that wrote the checkpoint."""
-        settings = {k: v for k, v in (self.args.to_dict() | vars(self.dendrite_args)).items() if k not in HARMLESS}
-        if self.args.lr_scheduler_type in ENDLESS:  # then it only matters when to stop
-            del settings["max_steps"], settings["num_train_epochs"]
-        settings |= {"world_size": self.args.world_size}
+        settings = compared_settings(self.dendrite_args, self.args)
         for name in ("train_dataset", "eval_dataset", "test_dataset"):
             data = getattr(self, name)
             if hasattr(data, "__len__") and hasattr(data, "__getitem__") and not isinstance(data, dict):
                 settings[name] = f"{len(data)} examples, first {zlib.crc32(repr(data[0]).encode()):08x}"
-        return json.loads(json.dumps(settings, default=str))
+        return settings
 
-    # --------------------------------------------------------------------------------------- the Trainer's hooks: a step
+    # ------------------------------------------------------------------------------------- the Trainer's hooks: a step
 
     def create_optimizer(self, *args, **kwargs):
         """As `Trainer.create_optimizer`; the library is told of the new optimizer."""
@@ -300,7 +257,7 @@ class PerforatedTrainer(Trainer):
             logs |= {"dendrites": self.num_dendrites, "parameters": self._num_parameters_of(self.num_dendrites)}
         super().log(logs, *args, **kwargs)
 
-    # --------------------------------------------------------------------------------- the Trainer's hooks: an evaluation
+    # ------------------------------------------------------------------------------ the Trainer's hooks: an evaluation
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval", **kwargs):
         """As `Trainer.evaluate`; while training, the test data first, for the report."""
@@ -333,7 +290,7 @@ class PerforatedTrainer(Trainer):
                 return super().prediction_step(model, inputs, True)[0], *output[1:]
         return output
 
-    # ---------------------------------------------------------------------------------- the Trainer's hooks: a checkpoint
+    # ------------------------------------------------------------------------------- the Trainer's hooks: a checkpoint
 
     def _checkpoint_folder(self) -> Path:
         return self.run_folder / f"checkpoint-{self.state.global_step}"
@@ -390,7 +347,7 @@ class PerforatedTrainer(Trainer):
     def _step_of(folder: Path) -> int:
         return json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
 
-    # ------------------------------------------------------------------------------------- the Trainer's hooks: the model
+    # ---------------------------------------------------------------------------------- the Trainer's hooks: the model
 
     def _save(self, output_dir=None, state_dict=None):
         """Write the model as it is deployed, wherever `save_model` is called from, with the code that it needs."""
@@ -451,7 +408,7 @@ class PerforatedTrainer(Trainer):
             say(f"Largest memory in use: {report.peak_memory()}")
         return self.results
 
-    # -------------------------------------------------------------------------------------------------------- model card
+    # ------------------------------------------------------------------------------------------------------ model card
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Write the model's README.md into `output_dir`; after `save_results`, with its scores and how to load it."""
@@ -460,9 +417,9 @@ class PerforatedTrainer(Trainer):
             super().create_model_card(*args, **kwargs)
         elif self.is_world_process_zero():
             kind, processor = type(self.model), self.processing_class is not None
-            name = kwargs.get("model_name") or run_name(self.args)
+            name = kwargs.get("model_name") or self.tracker.folder.name
             own = not kind.__module__.startswith("transformers.")
-            card = report.model_card(results, name, kind.__name__, processor, own)
+            card = model_card.model_card(results, name, kind.__name__, processor, own)
             checkpoint.write_whole(Path(self.args.output_dir, "README.md"), card)
 
     @contextlib.contextmanager
@@ -485,7 +442,7 @@ class PerforatedTrainer(Trainer):
         checkpoint.remove_model(final)
         unfinished.replace(final)
 
-    # ---------------------------------------------------------------------------------------------------------- the Hub
+    # --------------------------------------------------------------------------------------------------------- the Hub
 
     def push_to_hub(self, *args, **kwargs):
         """As `Trainer.push_to_hub`; what is uploaded is `final/`, the model with its card, not the run."""
@@ -496,7 +453,7 @@ class PerforatedTrainer(Trainer):
             return super().push_to_hub(*args, **kwargs)
 
     def _push_from_checkpoint(self, checkpoint_folder):
-        """Nothing while training: the Trainer would upload the run folder. `push_to_hub` uploads the model at the end."""
+        """Nothing while training: the Trainer would upload the run folder; `push_to_hub` uploads the final model."""
 
 
 class PerforatedSeq2SeqTrainer(PerforatedTrainer, Seq2SeqTrainer):
