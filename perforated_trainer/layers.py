@@ -31,6 +31,7 @@ FORMAT = 1  # of the saved model; raise it when a model saved now could not be l
 WEIGHTS, INDEX = "model.dendrites.safetensors", "model.dendrites.safetensors.index.json"
 _STOCK_NAMES = "model.safetensors", "model.safetensors.index.json"
 _VARIANT_INDEX = "model.safetensors.index.dendrites.json"  # what save_pretrained(variant="dendrites") calls the index
+CODE = "dendrite_layers"  # name of the copy of this file in the folder of a model
 ACTIVATIONS = {
     "sigmoid": torch.sigmoid,
     "relu": torch.relu,
@@ -416,9 +417,9 @@ class DendriteQuantizer(HfQuantizer):
     update_tp_plan = update_attn_implementation  # the same hook, as transformers 5.5 calls it
 
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
-        modules = dict(model.named_modules())
         prefix = f"{model.base_model_prefix}."
         for name in self.quantization_config.layers:
+            modules = dict(model.named_modules())  # a block before may have brought copies of its layers
             # As transformers does with weights: the body of a model is found in the model and on its own.
             names = [n for n in (name, name.removeprefix(prefix), prefix + name) if n in modules]
             if not names:
@@ -481,7 +482,11 @@ def _read_shapes(files):
 
 def layers_with_dendrites(model) -> dict[str, nn.Module]:
     """The modules of a model that have dendrites, by name."""
-    return {name: module for name, module in model.named_modules() if hasattr(module, "num_dendrites")}
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if hasattr(type(module), "dendrite_base") and hasattr(module, "num_dendrites")
+    }
 
 
 def _dendrite_names(model):
@@ -519,8 +524,8 @@ class _Model(_Reduced):
         self.config.quantization_config = _config(self)
         try:
             # The names in the file are those of the modules, so that they can be checked before they are loaded.
-            kwargs["save_original_format"] = False
-            super().save_pretrained(save_directory, *args, variant=VARIANT, **kwargs)
+            kwargs |= {"variant": VARIANT, "save_original_format": False}
+            super().save_pretrained(save_directory, *args, **kwargs)
             if writes and folder.is_dir():
                 stale = {INDEX, *_STOCK_NAMES}  # of another model, or of this one before it got dendrites
                 if (folder / _VARIANT_INDEX).exists():
@@ -530,6 +535,10 @@ class _Model(_Reduced):
                     stale = {WEIGHTS, *_STOCK_NAMES}
                 for name in stale:
                     (folder / name).unlink(missing_ok=True)
+                if f"{CODE}." in str(
+                    getattr(self.config, "auto_map", "")
+                ):  # code that came with the model goes with it
+                    (folder / f"{CODE}.py").write_bytes(Path(__file__).read_bytes())
         finally:
             del self.config.quantization_config
         if push_to_hub:  # only now are all files as they should be

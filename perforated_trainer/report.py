@@ -8,7 +8,8 @@ that step), final, global_step, train_seconds, steps_per_second, command, versio
 import math
 import re
 import sys
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 from transformers import TrainingArguments
@@ -49,13 +50,7 @@ def peak_memory() -> str:
 
 def installed_versions() -> dict[str, str]:
     """The versions of the packages that a result depends on, of those that are installed."""
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return versions
+    return {package: version(package) for package in PACKAGES if find_spec(package)}
 
 
 # ---------------------------------------------------------------------------------------------------- the log history

@@ -358,7 +358,7 @@ class PerforatedTrainer(Trainer):
         logging.disable_progress_bar()  # of files being written
         try:
             model = self.deployed_model()
-            model.save_pretrained(folder, save_original_format=False)
+            model.save_pretrained(folder, state_dict=_without_aliases(model), save_original_format=False)
             if layers_with_dendrites(model) or not type(model).__module__.startswith("transformers."):
                 save_code(model, folder)
             processor = self.processing_class or getattr(self.data_collator, "tokenizer", None)
@@ -458,6 +458,19 @@ class PerforatedTrainer(Trainer):
 
 class PerforatedSeq2SeqTrainer(PerforatedTrainer, Seq2SeqTrainer):
     """`PerforatedTrainer` for models that are evaluated by what they generate, `predict_with_generate`."""
+
+
+def _without_aliases(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The weights of `model`; a second name of a module gets a copy, which transformers does not write otherwise.
+
+    Weights that the model's class declares as tied stay one: transformers writes those once.
+    """
+    seen, weights = set(), {}
+    for name, tensor in model.state_dict().items():
+        alias = tensor.numel() > 0 and tensor.data_ptr() in seen and name not in model.all_tied_weights_keys
+        seen.add(tensor.data_ptr())
+        weights[name] = tensor.clone() if alias else tensor
+    return weights
 
 
 def _is_about_files(error: Exception) -> bool:
