@@ -460,7 +460,7 @@ class PerforatedSeq2SeqTrainer(PerforatedTrainer, Seq2SeqTrainer):
     """`PerforatedTrainer` for models that are evaluated by what they generate, `predict_with_generate`."""
 
 
-def _without_aliases(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+def _without_aliases(model: PreTrainedModel) -> dict:
     """The weights of `model`; a second name of a module gets a copy, which transformers does not write otherwise.
 
     Weights that the model's class declares as tied stay one: transformers writes those once.
