@@ -49,12 +49,9 @@ class ProgressCallback(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         self.bar.update()
 
-    def on_evaluate(self, args, state, control, **kwargs):
-        if self.bar is None:
-            return
+    def show(self, args, state):
+        """Show a validation that the tracker has heard of."""
         rows = report.scores(state.log_history, self.score_name)
-        if not rows:
-            return
         best = report.best(rows, self.score_name, self.greater_is_better)
         losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
         since = DendriteTracker.current.scores_since_best

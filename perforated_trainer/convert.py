@@ -8,7 +8,7 @@ from torch.nn import Conv1d, Conv2d, Conv3d
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.utils import logging
 
-from . import _compat
+from . import _compat, layers
 from .arguments import DendriteArguments, PerforatedError, check_arguments
 from .tracker import DendriteTracker
 
@@ -46,10 +46,14 @@ def perforate(
         _compat.use_one_gpu(training_args)
         logger.warning("Several GPUs are visible, one is used. All of them: torchrun --nproc_per_node N <script>")
     _delete_second_body(model)
+    grown = {name: layers.split_dendrites(layer) for name, layer in layers.layers_with_dendrites(model).items()}
+    for name in grown:  # of a model that was trained with dendrites before, and gets more
+        layers.remove_dendrites(model.get_submodule(name))
     DendriteTracker(
         model,
         dendrite_args,
-        module_ids=_ids_to_perforate(model, dendrite_args, training_args.process_index == 0),
+        module_ids=_ids_to_perforate(model, dendrite_args, set(grown), training_args.process_index == 0),
+        grown=grown,
         check_output=_check_and_name_dimensions if not dendrite_args.output_dimensions else _check_output,
         metric=training_args.metric_for_best_model,
         greater_is_better=bool(training_args.greater_is_better),
@@ -68,11 +72,12 @@ def _delete_second_body(model: PreTrainedModel) -> None:
         del model.base_model
 
 
-def _ids_to_perforate(model: PreTrainedModel, args: DendriteArguments, speak: bool) -> list[str]:
+def _ids_to_perforate(model: PreTrainedModel, args: DendriteArguments, grown: set[str], speak: bool) -> list[str]:
     """Names of the modules that get dendrites. One warning lists what has weights and gets none."""
     asked, tracked = (
         {name.strip(".") for name in ids} for ids in (args.module_ids_to_perforate, args.module_ids_to_track)
     )
+    asked |= grown
     if unknown := (asked | tracked) - {name for name, _ in model.named_modules()}:
         raise PerforatedError(f"the model has no module {', '.join(sorted(unknown))}; see model.named_modules()")
     # Each dendrite of a tied layer, or of one that gives logits over a vocabulary, would copy its large matrix.

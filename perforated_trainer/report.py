@@ -149,8 +149,8 @@ def no_dendrite_came(dendrite_args: DendriteArguments, log_history: list[dict], 
 def comparison(results: dict) -> str:
     """How much better the kept model is than the best one without dendrites, in one sentence."""
     first, kept = results["cycles"][0], results["final"]
-    if not kept["dendrites"]:
-        return "No dendrite was kept: the model without dendrites had the best validation score."
+    if kept["dendrites"] == first["dendrites"]:
+        return "No new dendrite was kept: the model without it had the best validation score."
     name = unit(results["metric"])
     parts = [part for part in ("validation", "test") if f"{part}_{name}" in kept]
     with_dendrites = {part: kept[f"{part}_{name}"] for part in parts}
@@ -165,7 +165,8 @@ def comparison(results: dict) -> str:
             before, after, what, shown = 100 * (1 - before), 100 * (1 - after), f"{part} error", "{:.2f} %".format
         change = f" ({abs(before - after) / abs(before):.0%} {'less' if after < before else 'more'})" if before else ""
         words.append(f"{what} {shown(before)} -> {shown(after)}{change}")
-    return f"With {count(kept['dendrites'], 'dendrite')} instead of none: {', '.join(words)}."
+    before = first["dendrites"] or "none"
+    return f"With {count(kept['dendrites'], 'dendrite')} instead of {before}: {', '.join(words)}."
 
 
 def summary(results: dict, folder: Path) -> str:

@@ -130,6 +130,21 @@ def _dendrites_of(module) -> tuple[list, list, torch.Tensor | None]:
     return list(module.dendrite_module.layers), [None, *between], module.dendrites_to_top[number - 1]
 
 
+def _grow(module, dendrites: list, to_dendrites: list, to_output: torch.Tensor) -> None:
+    """Give a layer of the library dendrites that were trained before."""
+    shape = [1] * len(module.this_output_dimensions)
+    shape[int(module.this_node_index)] = to_output.shape[1]
+    module.dendrite_module.dendrite_values[0].setup_arrays(shape)
+    UPA.simulate_cycles(module, 2 * len(dendrites), doing_pai=True)
+    own, own_to_dendrites, own_to_output = _dendrites_of(module)
+    with torch.no_grad():
+        for mine, theirs in zip(own, dendrites, strict=True):
+            mine.load_state_dict(theirs.state_dict())
+        for mine, theirs in zip(own_to_dendrites[1:], to_dendrites[1:], strict=True):
+            mine.copy_(theirs)
+        own_to_output.copy_(to_output)
+
+
 def _unregister(module: torch.nn.Module, names: tuple[str, ...]) -> None:
     for name in names:
         if name in module._modules:
@@ -156,6 +171,7 @@ class DendriteTracker:
         args: the settings of the dendrites.
         module_ids: names of the modules that get dendrites.
         check_output: called once for each of these, as `check_output(module, output)`, after its first forward pass.
+        grown: dendrites that the model has already, by the name of their layer, as `layers.split_dendrites` gives them.
         metric: name of the score that decides.
         greater_is_better: whether a higher score is better.
         device: of the training.
@@ -174,6 +190,7 @@ class DendriteTracker:
         args: DendriteArguments,
         module_ids: list[str],
         check_output,
+        grown: dict[str, tuple],
         metric: str,
         greater_is_better: bool,
         device: torch.device,
@@ -221,6 +238,10 @@ class DendriteTracker:
         GPA.pc.set_module_names_to_not_save([])  # the library adds second names of modules, which loading then misses
         for module in UPA.get_pai_modules(model, 0):
             module.__dict__["check_output"] = check_output
+            if module.name[1:] in grown:
+                _grow(module, *grown[module.name[1:]])
+        # The library counts the dendrites that it adds itself.
+        self._num_dendrites_before = max((len(dendrites) for dendrites, *_ in grown.values()), default=0)
         model.to(device)
         self._close()
         DendriteTracker.current = self
@@ -234,6 +255,11 @@ class DendriteTracker:
         for module in self._open_modules:
             dendrites, number = module.dendrite_module, module.dendrite_modules_added
             module.__dict__["parts"] = None
+            # A template for new dendrites, whose numbers are drawn anew: it needs no memory of its own.
+            for template, own in zip(
+                dendrites.parent_module.parameters(), module.main_module.parameters(), strict=True
+            ):
+                template.data = own.data
             if self.args.fused and module.processor is None and not dendrites.processors:
                 dimensions = module.this_output_dimensions.tolist()
                 how = {"dim": dimensions.index(0) - len(dimensions), "activation": activation}
@@ -264,7 +290,7 @@ class DendriteTracker:
     @property
     def num_dendrites(self) -> int:
         """Number of dendrites that each layer has now."""
-        return GPA.pai_tracker.member_vars["num_dendrites_added"]
+        return self._num_dendrites_before + GPA.pai_tracker.member_vars["num_dendrites_added"]
 
     @property
     def num_parameters(self) -> int:

@@ -84,11 +84,12 @@ class PerforatedTrainer(Trainer):
         for callback in (StockProgressCallback, PrinterCallback):
             self.remove_callback(callback)
         greater = self.args.greater_is_better
+        self.progress = ProgressCallback(self.score_name, greater, self.dendrite_args.n_epochs_to_switch)
         for callback in (
             self.stop_signal,
             LogBeforeSaveCallback(),
             FiniteLossCallback(),
-            ProgressCallback(self.score_name, greater, self.dendrite_args.n_epochs_to_switch),
+            self.progress,
             PlotCallback(self.score_name, greater),
         ):
             self.add_callback(callback)
@@ -265,11 +266,12 @@ class PerforatedTrainer(Trainer):
             self.test_metrics = super().evaluate(self.test_dataset, ignore_keys, "test", **kwargs)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix, **kwargs)
 
-    def _evaluate(self, *args, **kwargs):
+    def _evaluate(self, trial, ignore_keys_for_eval, skip_scheduler=False):
         """As `Trainer._evaluate`, the evaluations while training; then the tracker decides how to go on."""
-        metrics = super()._evaluate(*args, **kwargs)
-        if self.state.global_step:  # not on an evaluation before the first step, --eval_on_start
+        metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+        if not skip_scheduler:  # not on an evaluation before the first step, --eval_on_start
             self.decision = self._decide(metrics)
+            self.progress.show(self.args, self.state)
             if self.decision is not Decision.CONTINUE:
                 self.control.should_save = self.control.should_training_stop = True
         return metrics
@@ -301,30 +303,22 @@ class PerforatedTrainer(Trainer):
         self.state.best_global_step = None  # the tracker keeps the best model, the Trainer need not
         self.args.save_total_limit = None  # the Trainer would delete an old checkpoint before the new one is sealed
         try:
-            if self.is_world_process_zero():
-                checkpoint.discard(folder)
-                folder.mkdir(parents=True)
-            self.accelerator.wait_for_everyone()  # before other processes write their random state there
-            super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()
-            if self.is_world_process_zero():
-                self.tracker.save(folder)
-                facts = {
-                    "complete": self.decision is Decision.COMPLETE,
-                    "train_seconds": self.train_seconds + time.monotonic() - self._began,
-                    "settings": self.settings(),
-                }
-                checkpoint.seal(folder, facts)
-                checkpoint.rotate(self.run_folder, limit)
-        except (OSError, safetensors.SafetensorError, RuntimeError) as error:
-            # torch.save says "PytorchStreamWriter failed" on a full disk
-            if isinstance(error, PerforatedError) or not _is_about_files(error):
-                raise
-            raise PerforatedError(
-                f"{folder} cannot be written: {error}. Earlier checkpoints are still good: go on with "
-                "--resume_from_checkpoint true",
-                exit_status=1,
-            ) from error
+            with _writing(folder):
+                if self.is_world_process_zero():
+                    checkpoint.discard(folder)
+                    folder.mkdir(parents=True)
+                self.accelerator.wait_for_everyone()  # before other processes write their random state there
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
+                if self.is_world_process_zero():
+                    self.tracker.save(folder)
+                    facts = {
+                        "complete": self.decision is Decision.COMPLETE,
+                        "train_seconds": self.train_seconds + time.monotonic() - self._began,
+                        "settings": self.settings(),
+                    }
+                    checkpoint.seal(folder, facts)
+                    checkpoint.rotate(self.run_folder, limit)
         finally:
             self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()
@@ -399,7 +393,7 @@ class PerforatedTrainer(Trainer):
             "versions": report.installed_versions(),
         }
         if self.args.should_save:
-            with self._whole_final_folder():
+            with _writing(self.run_folder), self._whole_final_folder():
                 self.save_model(_internal_call=True)
                 self.create_model_card()
             checkpoint.write_whole(self.run_folder / checkpoint.RESULTS, json.dumps(self.results, indent=2) + "\n")
@@ -473,5 +467,16 @@ def _without_aliases(model: PreTrainedModel) -> dict:
     return weights
 
 
-def _is_about_files(error: Exception) -> bool:
-    return not isinstance(error, RuntimeError) or "PytorchStreamWriter" in str(error)
+@contextlib.contextmanager
+def _writing(folder: Path):
+    """Around the writing of files: a full disk and the like become one line."""
+    try:
+        yield
+    except (OSError, safetensors.SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):  # torch.save on a full disk
+            raise
+        raise PerforatedError(
+            f"{folder} cannot be written: {error}. Earlier checkpoints are still good: go on with "
+            "--resume_from_checkpoint true",
+            exit_status=1,
+        ) from error
