@@ -32,7 +32,7 @@ from transformers import ProgressCallback as StockProgressCallback
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
-from . import _compat, checkpoint, model_card, report
+from . import _compat, checkpoint, model_card, plot, report
 from .arguments import DendriteArguments, PerforatedError, check_arguments, compared_settings, is_resumed, run_name
 from .callbacks import (
     FiniteLossCallback,
@@ -46,6 +46,7 @@ from .convert import perforate
 from .layers import layers_with_dendrites
 from .remote_code import save_code
 from .tracker import Decision, DendriteTracker
+from .verdict import verdict
 
 
 class PerforatedTrainer(Trainer):
@@ -79,7 +80,7 @@ class PerforatedTrainer(Trainer):
         self.test_dataset = test_dataset
         self.score_name = "eval_" + self.args.metric_for_best_model.removeprefix("eval_")
         self.stopped_by, self.train_seconds, self.decision = None, 0.0, Decision.CONTINUE
-        self.test_metrics = {}
+        self.test_metrics, self.restarts = {}, []
         self.stop_signal = StopSignalCallback()
         for callback in (StockProgressCallback, PrinterCallback):
             self.remove_callback(callback)
@@ -91,6 +92,7 @@ class PerforatedTrainer(Trainer):
             FiniteLossCallback(),
             self.progress,
             PlotCallback(self.score_name, greater),
+            *self.tracker.callbacks,
         ):
             self.add_callback(callback)
 
@@ -125,9 +127,11 @@ class PerforatedTrainer(Trainer):
         Raises PerforatedError for a folder that is not free, a checkpoint that cannot be used, a loss that is not
         finite, a disk that is full, and after a signal.
         """
-        resumed, start, output = is_resumed(resume_from_checkpoint), None, None
+        resumed, start, output, self.restarts = is_resumed(resume_from_checkpoint), None, None, []
         if resumed:
             start = checkpoint.find(resume_from_checkpoint, self.run_folder, say)
+        if self.dendrite_args.control_of:
+            self.tracker.check(self.settings())
         self._claim(resumed)
         if not start and (warning := report.no_dendrite_can_come(self.dendrite_args, self.args, self.train_dataset)):
             say(warning)
@@ -139,6 +143,7 @@ class PerforatedTrainer(Trainer):
                         manifest = json.loads((start / checkpoint.MANIFEST).read_text(encoding="utf-8"))
                         self._name_other_settings(manifest["settings"], start.name)
                         self.train_seconds, complete = manifest["train_seconds"], manifest["complete"]
+                        self.restarts = manifest["restarts"]
                     if complete or (start and 0 < self.args.max_steps <= self._step_of(start)):
                         self._load_from_checkpoint(str(start))
                         self.state = TrainerState.load_from_json(str(start / "trainer_state.json"))
@@ -200,18 +205,20 @@ class PerforatedTrainer(Trainer):
         if idle := self.tracker.idle_modules():
             raise PerforatedError(f"no training reached {', '.join(idle)}: set --module_ids_to_track {' '.join(idle)}")
         decision = Decision.CONTINUE
-        if self.is_world_process_zero():
+        if self.is_world_process_zero() or self.tracker.decides_everywhere:
             before, name = self.num_dendrites, report.unit(self.score_name)
             losses = [entry["loss"] for entry in self.state.log_history[-9:] if "loss" in entry]
             extra = {"train loss": losses[-1]} if losses and math.isfinite(losses[-1]) else {}
             test = {f"test {name}": self.test_metrics[f"test_{name}"]} if self.test_metrics else {}
-            decision = self.tracker.add_score(score, extra, test)
+            decision = self.tracker.add_score(score, extra, test, self.state.global_step)
             if decision is Decision.RESTRUCTURED:
                 rows = report.scores(self.state.log_history, self.score_name)
                 best = report.best(rows, self.score_name, self.args.greater_is_better)[self.score_name]
                 grown = f"{before} -> {report.count(self.num_dendrites, 'dendrite')}"
                 if before == self.num_dendrites:
                     grown = f"dendrite {before} did not help and is tried anew"
+                if self.dendrite_args.control_of:
+                    grown = "optimizer and schedule start anew, as in the run"
                 say(
                     f"step {self.state.global_step:,}: {grown}, {self.num_parameters:,} parameters, "
                     f"best {report.unit(self.score_name)} so far {best:.4f}"
@@ -271,6 +278,8 @@ class PerforatedTrainer(Trainer):
         metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
         if not skip_scheduler:  # not on an evaluation before the first step, --eval_on_start
             self.decision = self._decide(metrics)
+            if self.decision is Decision.RESTRUCTURED:
+                self.restarts.append(self.state.global_step)
             self.progress.show(self.args, self.state)
             if self.decision is not Decision.CONTINUE:
                 self.control.should_save = self.control.should_training_stop = True
@@ -316,6 +325,7 @@ class PerforatedTrainer(Trainer):
                         "complete": self.decision is Decision.COMPLETE,
                         "train_seconds": self.train_seconds + time.monotonic() - self._began,
                         "settings": self.settings(),
+                        "restarts": self.restarts,
                     }
                     checkpoint.seal(folder, facts)
                     checkpoint.rotate(self.run_folder, limit)
@@ -387,20 +397,35 @@ class PerforatedTrainer(Trainer):
             "cycles": self.cycles(),
             "final": final,
             "global_step": self.state.global_step,
+            "restarts": self.restarts,
             "train_seconds": round(self.train_seconds, 3),
             "steps_per_second": round(self.state.global_step / max(self.train_seconds, 1e-9), 1),
+            "settings": self.settings(),
             "command": shlex.join(sys.argv),
             "versions": report.installed_versions(),
         }
+        if (run := self.dendrite_args.control_of) and self.stopped_by == "tracker":  # else it was not as long
+            self.results["control"] = verdict(self, self.tracker.results, final, Path(run))
         if self.args.should_save:
             with _writing(self.run_folder), self._whole_final_folder():
                 self.save_model(_internal_call=True)
                 self.create_model_card()
             checkpoint.write_whole(self.run_folder / checkpoint.RESULTS, json.dumps(self.results, indent=2) + "\n")
+            if "control" in self.results:
+                self._draw_run_with_control(Path(run))
         say(report.summary(self.results, self.run_folder))
         if self.dendrite_args.testing_dendrite_capacity:
             say(f"Largest memory in use: {report.peak_memory()}")
         return self.results
+
+    def _draw_run_with_control(self, run: Path) -> None:
+        """Draw the picture of the run anew, with the control's score as a line, where its log is still there."""
+        states = sorted(run.glob("checkpoint-*/trainer_state.json"), key=lambda path: self._step_of(path.parent))
+        if states and self._step_of(states[-1].parent) == self.tracker.last_step:
+            history = TrainerState.load_from_json(str(states[-1])).log_history
+            path, without = run / f"{run.resolve().name}.png", self.results["control"]["without"]
+            with _writing(run):
+                plot.draw(history, self.score_name, self.args.greater_is_better, path, without)
 
     # ------------------------------------------------------------------------------------------------------ model card
 
