@@ -264,6 +264,8 @@ class DendriteTracker:
                 dimensions = module.this_output_dimensions.tolist()
                 how = {"dim": dimensions.index(0) - len(dimensions), "activation": activation}
                 module.__dict__["parts"] = (module.main_module, *_dendrites_of(module), how)
+            for empty in (p for p in module.parameters() if not p.numel()):
+                empty.requires_grad_(False)  # no gradient reaches it, and DistributedDataParallel would wait for one
             _unregister(dendrites, _OF_DENDRITES)
             _unregister(module, _WITH_DENDRITES if number else _WITHOUT_DENDRITES)
 
