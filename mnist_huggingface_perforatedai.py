@@ -68,6 +68,7 @@ TRAINING_DEFAULTS = {
     "learning_rate": 5e-3,
     "lr_scheduler_type": "reduce_lr_on_plateau",
     "metric_for_best_model": "accuracy",
+    "ddp_find_unused_parameters": False,  # each of the network's parameters is used in each step
     "logging_nan_inf_filter": False,  # a loss that is not finite must be seen
     "report_to": "none",
 }

@@ -266,8 +266,8 @@ class DendriteTracker:
                 dimensions = module.this_output_dimensions.tolist()
                 how = {"dim": dimensions.index(0) - len(dimensions), "activation": activation}
                 module.__dict__["parts"] = (module.main_module, *_dendrites_of(module), how)
-            elif not number:
-                continue  # the library's forward calls the dendrites' module
+            for empty in (p for p in module.parameters() if not p.numel()):
+                empty.requires_grad_(False)  # no gradient reaches it, and DistributedDataParallel would wait for one
             _unregister(dendrites, _OF_DENDRITES)
             _unregister(module, _WITH_DENDRITES if number else _WITHOUT_DENDRITES)
 
@@ -287,6 +287,17 @@ class DendriteTracker:
             self.model.tracker_string = buffer
             self._close()
 
+    @contextlib.contextmanager
+    def forward(self, fused: bool) -> Iterator[None]:
+        """For a `with` block, compute layers by our formula or by the library's own forward."""
+        before, self.args.fused = self.args.fused, fused
+        self._close()
+        try:
+            yield
+        finally:
+            self.args.fused = before
+            self._close()
+
     # ----------------------------------------------------------------------------------------------------- what is now
 
     @property
@@ -298,17 +309,7 @@ class DendriteTracker:
     def num_parameters(self) -> int:
         """Number of distinct parameters of the network as it would be deployed, without training scaffolding."""
         old = {id(p) for m in self._open_modules for p in list(m.dendrites_to_top)[:-1]}  # the last one is used
-        of_library = (
-            {}
-            if self.args.fused
-            else {
-                id(p)
-                for m in self._open_modules
-                for name in _OF_DENDRITES
-                for p in getattr(m.dendrite_module, name).parameters()
-            }
-        )
-        return sum(p.numel() for p in self.model.parameters() if id(p) not in old and id(p) not in of_library)
+        return sum(p.numel() for p in self.model.parameters() if id(p) not in old)
 
     @property
     def scores_since_best(self) -> int:

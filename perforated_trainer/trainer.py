@@ -154,10 +154,9 @@ class PerforatedTrainer(Trainer):
                     self._began = time.monotonic()
                     output = super().train(str(start) if start else None, *args, **kwargs)
                     self.train_seconds += time.monotonic() - self._began
-                    complete = self.decision is Decision.COMPLETE
-                    if complete or self.decision is Decision.CONTINUE:
+                    if self.decision is Decision.CONTINUE:
                         break
-                    start = self._checkpoint_folder()
+                    start = self._checkpoint_folder()  # also when training is complete: all processes load the best
         except KeyError as error:  # the Trainer's words for a metric that evaluation does not produce
             raise PerforatedError(error.args[0]) if "metric_for_best_model" in str(error) else error from None
         except pickle.UnpicklingError as error:  # torch.load under weights_only, in the Trainer
