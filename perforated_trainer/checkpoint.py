@@ -97,11 +97,12 @@ def results_of(folder: Path) -> dict:
     try:
         results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
         settings, _ = results["settings"], results["restarts"]
+        control_of, doing_pai = settings["control_of"], settings["doing_pai"]
     except (ValueError, KeyError):
         raise PerforatedError(f"{flag}: its {RESULTS} has no settings and restarts, or cannot be read") from None
-    if settings["control_of"]:
-        raise PerforatedError(f"{flag}: this is itself a control, of {settings['control_of']}: name that run")
-    if not settings["doing_pai"] or settings["testing_dendrite_capacity"]:
+    if control_of:
+        raise PerforatedError(f"{flag}: this is itself a control, of {control_of}: name that run")
+    if not doing_pai or results["testing_dendrite_capacity"]:
         raise PerforatedError(f"{flag}: this run was not trained with dendrites, there is nothing to compare")
     return results
 

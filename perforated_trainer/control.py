@@ -105,8 +105,11 @@ class ControlTracker:
 
     # --------------------------------------------------------------------------------------- scores in, a decision out
 
-    def add_score(self, score: float, extra: dict[str, float], test: dict[str, float], step: int) -> Decision:
-        """Keep the weights where the score is the best so far; start anew, or end, from the best where the run did."""
+    def add_score(self, score: float, extra: dict[str, float], test: dict[str, float], step: int, **kwargs) -> Decision:
+        """Keep the weights where the score is the best so far; start anew, or end, from the best where the run did.
+
+        What else a `DendriteTracker` decides by, the run has decided.
+        """
         self.scores_since_best += 1
         if self.best is None or (score > self.best_score if self.greater_is_better else score < self.best_score):
             self.best_score, self.scores_since_best = score, 0

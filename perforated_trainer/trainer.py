@@ -396,7 +396,7 @@ class PerforatedTrainer(Trainer):
             "cycles": self.cycles(),
             "final": final,
             "global_step": self.state.global_step,
-            "restarts": self.restarts,
+            "restarts": [step for step in self.restarts if step < self.state.global_step],
             "train_seconds": round(self.train_seconds, 3),
             "steps_per_second": round(self.state.global_step / max(self.train_seconds, 1e-9), 1),
             "settings": self.settings(),
