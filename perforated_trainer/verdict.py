@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 from transformers import EvalPrediction, Trainer
+from transformers.utils import logging
 
 from . import report
 
@@ -94,10 +95,15 @@ def _interval(trainer, name: str, part: str, data, folder: Path) -> tuple[list[f
     if data is None or isinstance(data, dict) or trainer.compute_metrics is None or trainer.args.batch_eval_metrics:
         return None, None
     ours = _predictions(trainer, data, part)
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # of weights being loaded
     try:
         model = type(trainer.model).from_pretrained(folder / "final")
     except (OSError, ValueError, RuntimeError):  # of a class that needs more than its folder
         return None, _count(ours)
+    finally:
+        if bars:
+            logging.enable_progress_bar()
     with _other_model(trainer, model):
         theirs = _predictions(trainer, data, part)
 
