@@ -35,7 +35,7 @@ import mnist_huggingface_perforatedai as script  # noqa: E402
 from perforated_trainer.report import count  # noqa: E402
 
 BATCHES = 64, 1000
-SHORT = "--eval_steps 50 --logging_steps 50 --save_steps 1000 --n_epochs_to_switch 3 --max_dendrites 3".split()
+SHORT = "--eval_steps 100 --logging_steps 100 --save_steps 1000 --n_epochs_to_switch 4 --max_dendrites 3".split()
 
 
 def train(folder: Path, *flags: str) -> None:
