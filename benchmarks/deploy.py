@@ -35,7 +35,7 @@ import mnist_huggingface_perforatedai as script  # noqa: E402
 from perforated_trainer.report import count  # noqa: E402
 
 BATCHES = 64, 1000
-SHORT = "--eval_steps 100 --logging_steps 100 --save_steps 1000 --n_epochs_to_switch 4 --max_dendrites 3".split()
+SHORT = "--eval_steps 50 --logging_steps 50 --save_steps 1000 --n_epochs_to_switch 3 --max_dendrites 3".split()
 
 
 def train(folder: Path, *flags: str) -> None:
@@ -108,6 +108,8 @@ def print_table(args, folder: Path) -> None:
     table, functions = [], []
     for run in (args.without, args.run):
         results = json.loads((run / "results.json").read_text())["final"]
+        if (run == args.run) != bool(results["dendrites"]):
+            sys.exit(f"{run} ended with {count(results['dendrites'], 'dendrite')}: there is nothing to compare")
         (folder / "onnx" / run.name).mkdir(parents=True)
         for form, (logits, file) in forms(run / "final", folder / "onnx" / run.name).items():
             accuracy = float((logits(images).argmax(-1) == labels).mean())
