@@ -192,9 +192,10 @@ def resnet():
 
 def case(kind, folder):
     """A model, its inputs of two examples, what is free in them, and inputs of `count` examples."""
-    batch, length = torch.export.Dim("batch"), torch.export.Dim("length")
+    batch = torch.export.Dim("batch")
     if kind == "bert":
         model = AutoModelForMaskedLM.from_pretrained(folder / "bertMLM/final")
+        length = torch.export.Dim("length", max=model.config.max_position_embeddings)
         free = {name: {0: batch, 1: length} for name in ("input_ids", "attention_mask")}
 
         def inputs(count):
