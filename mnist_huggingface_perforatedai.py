@@ -34,6 +34,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     TrainingArguments,
+    ViTImageProcessor,
     set_seed,
 )
 from transformers.hf_argparser import HfArg
@@ -92,20 +93,22 @@ class DataArguments:
 
 
 class MnistCnnConfig(PreTrainedConfig):
-    """Widths of the layers and dropouts of the CNN."""
+    """Widths of the layers and dropouts of the CNN. The names of the labels are "0", "1" and so on."""
 
     model_type = "mnist_cnn"
 
-    def __init__(self, widths=(4, 8, 16), dropouts=(0.25, 0.5), num_labels=10, **kwargs):
+    def __init__(self, widths=(4, 8, 16), dropouts=(0.25, 0.5), num_labels=10, id2label=None, **kwargs):
         self.widths, self.dropouts = list(widths), list(dropouts)
-        super().__init__(num_labels=num_labels, **kwargs)
+        id2label = id2label or {label: str(label) for label in range(num_labels)}
+        label2id = {name: int(label) for label, name in id2label.items()}
+        super().__init__(**kwargs | {"id2label": id2label, "label2id": label2id})
 
 
 class MnistCnnForImageClassification(PreTrainedModel):
     """Two convolutions and two linear layers for grey images of 28x28.
 
-    `forward` takes pixel_values, float (N, 1, 28, 28), and labels, int64 (N,); gives logits (N, num_labels), and the
-    cross-entropy as loss where labels are given.
+    `forward` takes pixel_values, float (N, 1 or 3, 28, 28), and labels, int64 (N,); gives logits (N, num_labels), and
+    the cross-entropy as loss where labels are given.
     """
 
     config_class = MnistCnnConfig
@@ -135,7 +138,8 @@ class MnistCnnForImageClassification(PreTrainedModel):
 
     # Named arguments only: with **kwargs the Trainer would multiply the loss by the number of processes.
     def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None) -> ImageClassifierOutput:
-        logits = self.classifier(self.features(pixel_values).flatten(1))
+        grey = pixel_values[:, :1]  # pipelines open each picture as RGB: three equal channels where it is grey
+        logits = self.classifier(self.features(grey).flatten(1))
         loss = nn.functional.cross_entropy(logits, labels) if labels is not None else None
         return ImageClassifierOutput(loss=loss, logits=logits)
 
@@ -151,6 +155,15 @@ def compute_metrics(prediction) -> dict[str, float]:
 # --------------------------------------------------------------------------------------------------- REPLACE: the data
 
 
+MEAN, STD = 0.1307, 0.3081  # of the grey values, 0 to 1
+
+
+def image_processor() -> ViTImageProcessor:
+    """Makes pixel_values of any picture. It is saved with the model, for `pipeline("image-classification", ...)`."""
+    size = {"height": 28, "width": 28}
+    return ViTImageProcessor(do_convert_rgb=True, size=size, image_mean=[MEAN] * 3, image_std=[STD] * 3)
+
+
 class ImageTensors(Dataset):
     """Images and labels in memory, a byte a pixel. A whole batch is one indexing operation, not one per image."""
 
@@ -158,7 +171,7 @@ class ImageTensors(Dataset):
         """`images`: uint8 (N, 28, 28), `labels`: integers (N,)."""
         self.images, self.labels = images.unsqueeze(1), labels.long()
         grey = v2.functional.to_dtype(torch.arange(256, dtype=torch.uint8).view(1, 16, 16), torch.float32, scale=True)
-        self.normalised = v2.functional.normalize(grey, [0.1307], [0.3081]).flatten()  # what each byte stands for
+        self.normalised = v2.functional.normalize(grey, [MEAN], [STD]).flatten()  # what each byte stands for
 
     def __len__(self):
         return len(self.labels)
@@ -291,6 +304,7 @@ def run(argv=None) -> int:
         test_dataset=test,
         data_collator=lambda batch: batch,
         compute_metrics=compute_metrics,
+        processing_class=image_processor(),
     )
     if main_process():
         print(f"data: {data_name}; {', '.join(f'{size:,} {part}' for part, size in sizes.items())}")

@@ -409,10 +409,18 @@ class PerforatedTrainer(Trainer):
         if results is None:
             super().create_model_card(*args, **kwargs)
         elif self.is_world_process_zero():
-            kind, processor = type(self.model), self.processing_class is not None
-            name = kwargs.get("model_name") or self.tracker.folder.name
-            own = not kind.__module__.startswith("transformers.")
-            card = model_card.model_card(results, name, kind.__name__, processor, own)
+            kind, processor = type(self.model), self.processing_class
+            run, here = self.tracker.folder, Path.cwd()
+            run = run.relative_to(here) if run.is_relative_to(here) else Path(run.name)  # no path of this machine
+            card = model_card.model_card(
+                results,
+                name=kwargs.get("model_name") or run.name,
+                model_class=kind.__name__,
+                processor=processor is not None,
+                custom_code=not kind.__module__.startswith("transformers."),
+                path=self.hub_model_id or (run / checkpoint.FINAL).as_posix(),
+                mask=getattr(processor, "mask_token", None),
+            )
             checkpoint.write_whole(Path(self.args.output_dir, "README.md"), card)
 
     @contextlib.contextmanager
