@@ -58,6 +58,15 @@ def _stop(*args, **kwargs):
     raise SystemExit
 
 
+def refuse_other_variant() -> None:
+    """Raise PerforatedError where the paid package is installed."""
+    if PERFORATEDBP:
+        raise PerforatedError(
+            "the package perforatedbp is installed: it would change the training and is not supported here; use an "
+            "environment without it"
+        )
+
+
 @contextlib.contextmanager
 def _library(folder: Path) -> Iterator[None]:
     """Around calls into perforatedai, which writes below the current folder. Where it prints an error and opens a
@@ -178,11 +187,7 @@ class DendriteTracker:
         greater_is_better: bool,
         device: torch.device,
     ):
-        if PERFORATEDBP:
-            raise PerforatedError(
-                "the package perforatedbp is installed: it would change the training and is not supported here; use an "
-                "environment without it"
-            )
+        refuse_other_variant()
         self.model, self.args, self.folder = model, args, None
         threshold = args.improvement_threshold
         for setting in "configuration_confirmed unwrapped_modules_confirmed weight_decay_accepted silent".split():
