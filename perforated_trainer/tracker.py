@@ -187,7 +187,6 @@ class DendriteTracker:
         greater_is_better: bool,
         device: torch.device,
     ):
-        refuse_other_variant()
         self.model, self.args, self.folder = model, args, None
         threshold = args.improvement_threshold
         for setting in "configuration_confirmed unwrapped_modules_confirmed weight_decay_accepted silent".split():
@@ -358,8 +357,11 @@ class DendriteTracker:
             (self.folder / LIBRARY).mkdir(parents=True, exist_ok=True)
             # Several processes may do this at once, each with the same file.
             temporary = self.folder / LIBRARY / f"best_model.{time.monotonic_ns()}"
-            shutil.copyfile(folder / BEST, temporary)
-            temporary.replace(self.folder / LIBRARY / "best_model.pt")
+            try:
+                shutil.copyfile(folder / BEST, temporary)
+                temporary.replace(self.folder / LIBRARY / "best_model.pt")
+            finally:
+                temporary.unlink(missing_ok=True)  # where the disk is full
         try:
             weights = safetensors.torch.load_file(folder / SYSTEM)
             with self._open():

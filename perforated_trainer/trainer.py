@@ -338,8 +338,8 @@ class PerforatedTrainer(Trainer):
         try:
             yield
         except (OSError, safetensors.SafetensorError, RuntimeError) as error:
-            # torch.save says "PytorchStreamWriter failed" on a full disk
-            about_files = not isinstance(error, RuntimeError) or "PytorchStreamWriter" in str(error)
+            # On a full disk torch.save says "PytorchStreamWriter failed", or names its source file inline_container.cc
+            about_files = not isinstance(error, RuntimeError) or re.search("StreamWriter|inline_container", str(error))
             if isinstance(error, PerforatedError) or not about_files:
                 raise
             raise PerforatedError(
@@ -359,7 +359,8 @@ class PerforatedTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         """The only place where model, dendrites and tracker are loaded; `Trainer` does the rest."""
-        self.tracker.load(Path(resume_from_checkpoint))
+        with self._in_one_line("the best model so far"):
+            self.tracker.load(Path(resume_from_checkpoint))
         self.accelerator.wait_for_everyone()
 
     @staticmethod

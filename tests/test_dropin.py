@@ -15,6 +15,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from perforated_trainer import DendriteArguments, PerforatedSeq2SeqTrainer, PerforatedTrainer, perforate
 
 T5 = "T5ForConditionalGeneration"
+SLOW = pytest.mark.slow
 STILL = {"learning_rate": 1e-9}  # the score stays where it is: each second evaluation adds a dendrite
 
 
@@ -135,7 +136,7 @@ def stopped(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("how", ["true", "path", "arguments", "last"])
+@pytest.mark.parametrize("how", ["true", "path", *(pytest.param(how, marks=SLOW) for how in ("arguments", "last"))])
 def test_resuming(how, stopped, tmp_path):
     shutil.copytree(stopped, tmp_path / "run")
     flags = {"resume_from_checkpoint": "run/checkpoint-4"} if how == "arguments" else {}
@@ -344,7 +345,7 @@ def test_a_push_without_results_uploads_the_model_too(hub, tmp_path):
     model_class(DISTILBERT).from_pretrained(hub / "first")
 
 
-@pytest.mark.parametrize("strategy", ["every_save", "checkpoint"])
+@pytest.mark.parametrize("strategy", ["every_save", pytest.param("checkpoint", marks=SLOW)])
 def test_nothing_of_the_run_folder_is_uploaded_while_training(strategy, hub, tmp_path):
     args = arguments(push_to_hub=True, hub_strategy=strategy, **STILL)
     trainer = trainer_for(args)
