@@ -19,6 +19,7 @@ RUN = "run.json"  # marks the folder of a run
 MANIFEST = "perforated.json"  # written last: a checkpoint without it is unfinished
 FINAL = "final"
 RESULTS = "results.json"
+LIBRARY = "perforatedai"  # the folder of the library's own files
 
 
 class _OtherFormat(PerforatedError):
@@ -110,7 +111,10 @@ def _remove_run(folder: Path) -> None:
         if _is_written_by_a_run(path):
             discard(path)
     _remove_final(folder)
-    shutil.rmtree(folder / "perforatedai", ignore_errors=True)
+    for pattern in ("best_model.*", "switch_*.pt", "perforatedai_*"):  # the library's networks, pictures and tables
+        for path in (folder / LIBRARY).glob(pattern):
+            path.unlink()
+    _remove_if_empty(folder / LIBRARY)
     for name in (RESULTS, RUN, f"{folder.resolve().name}.png"):
         (folder / name).unlink(missing_ok=True)
 
@@ -124,10 +128,13 @@ def _remove_final(folder: Path) -> None:
     for name in _record(folder).get(FINAL, []):
         (final / name).unlink(missing_ok=True)
     for path in sorted(final.rglob("*"), reverse=True):
-        if path.is_dir() and not any(path.iterdir()):
-            path.rmdir()
-    if final.is_dir() and not any(final.iterdir()):
-        final.rmdir()
+        _remove_if_empty(path)
+    _remove_if_empty(final)
+
+
+def _remove_if_empty(folder: Path) -> None:
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def publish(unfinished: Path, folder: Path) -> None:

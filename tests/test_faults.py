@@ -301,7 +301,7 @@ trainer.save_model()
 # -------------------------------------------------------------------------------- nothing goes that a run did not write
 
 
-MINE = ["notes.txt", "final/notes.txt", "checkpoint-x/notes.txt", "checkpoint-7/model.bin", "perforatedai.txt"]
+MINE = ["notes.txt", "final/notes.txt", "checkpoint-x/notes.txt", "checkpoint-7/model.bin", "perforatedai/notes.txt"]
 
 
 def put(folder):
