@@ -2,7 +2,7 @@
 
 import re
 
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .report import count, unit
 
@@ -14,6 +14,20 @@ TASKS = {  # the end of a model's class name: the pipeline that it is for, its A
     "ForCausalLM": ("text-generation", "AutoModelForCausalLM", "Some text"),
     "LMHeadModel": ("text-generation", "AutoModelForCausalLM", "Some text"),
 }
+
+
+def add_metadata(card: str, language=None, license=None, tags=(), finetuned_from=None, dataset=None) -> str:
+    """The card with what `Trainer.create_model_card` is told of a model; each is a text, some may be a list."""
+    card = ModelCard(card)
+    tags = [tags] if isinstance(tags, str) else tags or ()
+    card.data.tags = list(dict.fromkeys([*card.data.tags, *tags]))
+    given = {"language": language, "license": license, "base_model": finetuned_from}
+    for name, value in given.items():
+        if value is not None:
+            setattr(card.data, name, value)
+    if dataset is not None:
+        card.data.datasets = [dataset] if isinstance(dataset, str) else list(dataset)
+    return str(card)
 
 
 def model_card(
