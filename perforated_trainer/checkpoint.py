@@ -105,6 +105,26 @@ def _write_record(folder: Path, record: dict) -> None:
     write_whole(folder / RUN, json.dumps(record) + "\n")
 
 
+def results_of(folder: Path) -> dict:
+    """What `results.json` holds of a finished run with dendrites. PerforatedError where `folder` is something else."""
+    flag = f"--control_of {folder}"
+    if not (folder / RUN).is_file():
+        raise PerforatedError(f"{flag}: there is no run in this folder")
+    if not (folder / RESULTS).is_file() or not (folder / FINAL / "config.json").is_file():
+        raise PerforatedError(f"{flag}: this run is not complete; go on with it first, --resume_from_checkpoint true")
+    try:
+        results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+        settings, _ = results["settings"], results["restarts"]
+        control_of, doing_pai = settings["control_of"], settings["doing_pai"]
+    except (ValueError, KeyError):
+        raise PerforatedError(f"{flag}: its {RESULTS} has no settings and restarts, or cannot be read") from None
+    if control_of:
+        raise PerforatedError(f"{flag}: this is itself a control, of {control_of}: name that run")
+    if not doing_pai or results["testing_dendrite_capacity"]:
+        raise PerforatedError(f"{flag}: this run was not trained with dendrites, there is nothing to compare")
+    return results
+
+
 def _remove_run(folder: Path) -> None:
     """Delete what a run wrote into its folder, and nothing else."""
     for path in [*folder.glob("checkpoint-*"), folder / f"{FINAL}.unfinished"]:

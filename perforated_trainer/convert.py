@@ -10,6 +10,7 @@ from transformers.utils import logging
 
 from . import _compat, layers
 from .arguments import DendriteArguments, PerforatedError, check_arguments
+from .control import ControlTracker
 from .tracker import DendriteTracker, refuse_other_variant
 
 logger = logging.get_logger(__name__)
@@ -47,6 +48,9 @@ def perforate(
         _compat.use_one_gpu(training_args)
         logger.warning("Several GPUs are visible, one is used. All of them: torchrun --nproc_per_node N <script>")
     _delete_second_body(model)
+    if dendrite_args.control_of:
+        ControlTracker(model, dendrite_args, bool(training_args.greater_is_better), training_args.device)
+        return model
     grown = {name: layers.split_dendrites(layer) for name, layer in layers.layers_with_dendrites(model).items()}
     for name in grown:  # of a model that was trained with dendrites before, and gets more
         layers.remove_dendrites(model.get_submodule(name))

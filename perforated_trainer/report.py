@@ -2,7 +2,8 @@
 
 `results.json` has these keys: stopped_by ("tracker", "max_steps" or "callback"), testing_dendrite_capacity, dataset,
 metric, greater_is_better, seed, cycles (for each number of dendrites the best validation score and the other scores at
-that step), final, global_step, train_seconds, steps_per_second, command, versions.
+that step), final, global_step, restarts (the steps at which optimizer and schedule started anew), train_seconds,
+steps_per_second, settings (what a control must share), command, versions; of a control also `control`, see `verdict`.
 """
 
 import math
@@ -175,7 +176,8 @@ def summary(results: dict, folder: Path) -> str:
     """The table of the cycles, what is better and by how much, the final scores, and where everything is."""
     lines = []
     if results["cycles"]:
-        lines += ["", table(results["cycles"]), comparison(results)]
+        told = results["control"]["verdict"] if "control" in results else comparison(results)
+        lines += ["", table(results["cycles"]), told]
     final = dict(results["final"])
     line = f"final: {count(final.pop('dendrites'), 'dendrite')}, {final.pop('parameters'):,} parameters, "
     lines.append(line + ", ".join(f"{name} {value:.4f}" for name, value in final.items()))
@@ -185,6 +187,8 @@ def summary(results: dict, folder: Path) -> str:
     )
     plot = folder / f"{folder.resolve().name}.png"
     lines.append(f"model: {folder}/final   plot: {plot}   results: {folder}/results.json")
+    if results["cycles"] and results["final"]["dendrites"] > results["cycles"][0]["dendrites"]:
+        lines.append(f"Dendrites, or only longer training? The same command with --control_of {folder} tells.")
     if results["testing_dendrite_capacity"]:
         lines.append("This was a test of dendrite capacity, not a training run.")
     return "\n".join(lines)

@@ -192,6 +192,8 @@ class DendriteTracker:
     """
 
     current: "DendriteTracker | None" = None  # the library keeps one per process
+    callbacks = ()  # that the trainer needs with this tracker
+    decides_everywhere = False  # the first process decides, for all
 
     def __init__(
         self,
@@ -330,12 +332,13 @@ class DendriteTracker:
         modules = self._open_modules  # in each, the first gradient sets out_channels
         return [m.name[1:] for m in modules if m.dendrite_module.dendrite_values[0].out_channels == -1]
 
-    def add_score(self, score: float, extra: dict[str, float], test: dict[str, float]) -> Decision:
+    def add_score(self, score: float, extra: dict[str, float], test: dict[str, float], step: int) -> Decision:
         """Give a validation score to the library, which may restructure the network.
 
         Args:
             score: of the metric that decides.
             extra, test: further values by name, for the library's graphs.
+            step: at which the score was measured; only a control decides by it.
         """
         tracker = GPA.pai_tracker
         with self._open():
@@ -380,6 +383,8 @@ class DendriteTracker:
 
     def load(self, folder: Path) -> None:
         """Bring network, dendrites and tracker to where `save` found them. PerforatedError for another network."""
+        if not (folder / SYSTEM).is_file():
+            raise PerforatedError(f"{folder} holds no network for dendrites; of a control, give its --control_of too")
         if (folder / BEST).is_file():
             (self.folder / LIBRARY).mkdir(parents=True, exist_ok=True)
             # Several processes may do this at once, each with the same file.

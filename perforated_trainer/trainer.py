@@ -33,7 +33,7 @@ from transformers import ProgressCallback as StockProgressCallback
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
-from . import _compat, checkpoint, model_card, report
+from . import _compat, checkpoint, model_card, plot, report
 from .arguments import DendriteArguments, PerforatedError, check_arguments, compared_settings, is_resumed, run_name
 from .callbacks import (
     FiniteLossCallback,
@@ -47,6 +47,7 @@ from .convert import perforate
 from .layers import layers_with_dendrites
 from .remote_code import save_code
 from .tracker import Decision, DendriteTracker, refuse_other_variant
+from .verdict import verdict
 
 
 class PerforatedTrainer(Trainer):
@@ -84,7 +85,7 @@ class PerforatedTrainer(Trainer):
         # What comes into an empty folder before the training, such as scores of the model as it was, is of this run.
         self._was_free = not self.run_folder.is_dir() or not any(self.run_folder.iterdir())
         self._stop_was_asked = False
-        self.test_metrics, self._data = {}, None
+        self.test_metrics, self.restarts, self._data = {}, [], None
         self.stop_signal = StopSignalCallback()
         for callback in (StockProgressCallback, PrinterCallback):
             self.remove_callback(callback)
@@ -96,6 +97,7 @@ class PerforatedTrainer(Trainer):
             FiniteLossCallback(),
             self.progress,
             PlotCallback(self.score_name, greater),
+            *self.tracker.callbacks,
         ):
             self.add_callback(callback)
 
@@ -130,9 +132,11 @@ class PerforatedTrainer(Trainer):
         Raises PerforatedError for a folder that is not free, a checkpoint that cannot be used, a loss that is not
         finite, a disk that is full, and after a signal.
         """
-        resumed, start, output = is_resumed(resume_from_checkpoint), None, None
+        resumed, start, output, self.restarts = is_resumed(resume_from_checkpoint), None, None, []
         if resumed:
             start = checkpoint.find(resume_from_checkpoint, self.run_folder, say)
+        if self.dendrite_args.control_of:
+            self.tracker.check(self.settings())
         self._claim(resumed)
         if not start and (warning := report.no_dendrite_can_come(self.dendrite_args, self.args, self.train_dataset)):
             say(warning)
@@ -144,6 +148,7 @@ class PerforatedTrainer(Trainer):
                         manifest = json.loads((start / checkpoint.MANIFEST).read_text(encoding="utf-8"))
                         self._name_other_settings(manifest["settings"], start.name)
                         self.train_seconds, complete = manifest["train_seconds"], manifest["complete"]
+                        self.restarts = manifest["restarts"]
                     if complete or (start and 0 < self.args.max_steps <= self._step_of(start)):
                         self._load_from_checkpoint(str(start))
                         self.state = TrainerState.load_from_json(str(start / "trainer_state.json"))
@@ -205,19 +210,21 @@ class PerforatedTrainer(Trainer):
         if idle := self.tracker.idle_modules():
             raise PerforatedError(f"no training reached {', '.join(idle)}: set --module_ids_to_track {' '.join(idle)}")
         decision = Decision.CONTINUE
-        if self.is_world_process_zero():
+        if self.is_world_process_zero() or self.tracker.decides_everywhere:
             before, unit = self.num_dendrites, report.unit(self.score_name)
             losses = [entry["loss"] for entry in self.state.log_history[-9:] if "loss" in entry]
             extra = {"train loss": losses[-1]} if losses and math.isfinite(losses[-1]) else {}
             test = {f"test {name}": value for name, value in self.test_metrics.items() if name == f"test_{unit}"}
             with self._in_one_line("the best model so far"):
-                decision = self.tracker.add_score(score, extra, test)
+                decision = self.tracker.add_score(score, extra, test, self.state.global_step)
             if decision is Decision.RESTRUCTURED:
                 rows = report.scores(self.state.log_history, self.score_name)
                 best = report.best(rows, self.score_name, self.args.greater_is_better)[self.score_name]
                 grown = f"{before} -> {report.count(self.num_dendrites, 'dendrite')}"
                 if before == self.num_dendrites:
                     grown = f"dendrite {before} did not help and is tried anew"
+                if self.dendrite_args.control_of:
+                    grown = "optimizer and schedule start anew, as in the run"
                 say(
                     f"step {self.state.global_step:,}: {grown}, {self.num_parameters:,} parameters, "
                     f"best {unit} so far {best:.4f}"
@@ -282,6 +289,8 @@ class PerforatedTrainer(Trainer):
         if not skip_scheduler:  # not on an evaluation before the first step, --eval_on_start
             self._stop_was_asked = self.control.should_training_stop  # by a callback; a new cycle would not hear of it
             self.decision = self._decide(metrics)
+            if self.decision is Decision.RESTRUCTURED:
+                self.restarts.append(self.state.global_step)
             self.progress.show(self.args, self.state)
             if self.decision is not Decision.CONTINUE:
                 self.control.should_save = self.control.should_training_stop = True
@@ -326,6 +335,7 @@ class PerforatedTrainer(Trainer):
                         "complete": self.decision is Decision.COMPLETE,
                         "train_seconds": self.train_seconds + time.monotonic() - self._began,
                         "settings": settings,
+                        "restarts": self.restarts,
                     }
                     checkpoint.seal(folder, facts)
                     checkpoint.rotate(self.run_folder, limit)
@@ -415,19 +425,34 @@ class PerforatedTrainer(Trainer):
             "cycles": self.cycles(),
             "final": final,
             "global_step": self.state.global_step,
+            "restarts": [step for step in self.restarts if step < self.state.global_step],
             "train_seconds": round(self.train_seconds, 3),
             "steps_per_second": round(self.state.global_step / max(self.train_seconds, 1e-9), 1),
+            "settings": self.settings(),
             "command": shlex.join(sys.argv),
             "versions": report.installed_versions(),
         }
+        if (run := self.dendrite_args.control_of) and self.stopped_by == "tracker":  # else it was not as long
+            self.results["control"] = verdict(self, self.tracker.results, final, Path(run))
         if self.args.should_save:
             with self._in_one_line(self.run_folder / checkpoint.FINAL):
                 self._write_final()
                 checkpoint.write_whole(self.run_folder / checkpoint.RESULTS, json.dumps(self.results, indent=2) + "\n")
+            if "control" in self.results:
+                self._draw_run_with_control(Path(run))
         say(report.summary(self.results, self.run_folder))
         if self.dendrite_args.testing_dendrite_capacity:
             say(f"Largest memory in use: {report.peak_memory()}")
         return self.results
+
+    def _draw_run_with_control(self, run: Path) -> None:
+        """Draw the picture of the run anew, with the control's score as a line, where its log is still there."""
+        states = sorted(run.glob("checkpoint-*/trainer_state.json"), key=lambda path: self._step_of(path.parent))
+        if states and self._step_of(states[-1].parent) == self.tracker.last_step:
+            history = TrainerState.load_from_json(str(states[-1])).log_history
+            path, without = run / f"{run.resolve().name}.png", self.results["control"]["without"]
+            with self._in_one_line(path):
+                plot.draw(history, self.score_name, self.args.greater_is_better, path, without)
 
     # ------------------------------------------------------------------------------------------------------ model card
 
