@@ -11,7 +11,7 @@ from transformers.utils import logging
 from . import _compat, layers
 from .arguments import DendriteArguments, PerforatedError, check_arguments
 from .control import ControlTracker
-from .tracker import DendriteTracker
+from .tracker import DendriteTracker, refuse_other_variant
 
 logger = logging.get_logger(__name__)
 
@@ -31,6 +31,7 @@ def perforate(
 
     Raises PerforatedError for settings that cannot work.
     """
+    refuse_other_variant()
     if not isinstance(model, PreTrainedModel) or model._hf_peft_config_loaded:
         raise PerforatedError(
             f"{type(model).__name__}: a PreTrainedModel is needed whose save_pretrained writes all of it. To train "

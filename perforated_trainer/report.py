@@ -128,11 +128,13 @@ def no_dendrite_can_come(dendrite_args: DendriteArguments, args: TrainingArgumen
         evaluations = math.ceil(args.num_train_epochs)
     else:
         return None
-    if evaluations > dendrite_args.n_epochs_to_switch:
+    patience = dendrite_args.n_epochs_to_switch
+    needed = patience + 2 if patience else 1  # the first score is the best, and the library waits for one more
+    if evaluations >= needed:
         return None
     return (
-        f"warning: no dendrite can be added: {count(evaluations, 'evaluation')} in all, --n_epochs_to_switch "
-        f"{dendrite_args.n_epochs_to_switch}. Train longer, evaluate more often (--eval_steps) or lower it"
+        f"warning: no dendrite can be added: {count(evaluations, 'evaluation')} in all, and --n_epochs_to_switch "
+        f"{patience} needs {needed}. Train longer, evaluate more often (--eval_steps) or lower it"
     )
 
 
@@ -141,10 +143,10 @@ def no_dendrite_came(dendrite_args: DendriteArguments, log_history: list[dict], 
     rows = scores(log_history, score_name)
     if not dendrite_args.doing_pai or any(row["dendrites"] for row in rows):
         return None
-    return (
-        f"warning: this run ended without a single dendrite: {count(len(rows), 'evaluation')} in all, and one is added "
-        f"after {dendrite_args.n_epochs_to_switch} without a better score (--n_epochs_to_switch)"
-    )
+    reason = f"one is added after {dendrite_args.n_epochs_to_switch} without a better score (--n_epochs_to_switch)"
+    if not dendrite_args.max_dendrites:
+        reason = "--max_dendrites is 0"
+    return f"warning: this run ended without a single dendrite: {count(len(rows), 'evaluation')} in all, and {reason}"
 
 
 def comparison(results: dict) -> str:

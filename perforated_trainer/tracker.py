@@ -58,6 +58,15 @@ def _stop(*args, **kwargs):
     raise SystemExit
 
 
+def refuse_other_variant() -> None:
+    """Raise PerforatedError where the paid package is installed."""
+    if PERFORATEDBP:
+        raise PerforatedError(
+            "the package perforatedbp is installed: it would change the training and is not supported here; use an "
+            "environment without it"
+        )
+
+
 @contextlib.contextmanager
 def _library(folder: Path) -> Iterator[None]:
     """Around calls into perforatedai, which writes below the current folder. Where it prints an error and opens a
@@ -197,11 +206,6 @@ class DendriteTracker:
         greater_is_better: bool,
         device: torch.device,
     ):
-        if PERFORATEDBP:
-            raise PerforatedError(
-                "the package perforatedbp is installed: it would change the training and is not supported here; use an "
-                "environment without it"
-            )
         self.model, self.args, self.folder = model, args, None
         threshold = args.improvement_threshold
         for setting in "configuration_confirmed unwrapped_modules_confirmed weight_decay_accepted silent".split():
@@ -385,8 +389,11 @@ class DendriteTracker:
             (self.folder / LIBRARY).mkdir(parents=True, exist_ok=True)
             # Several processes may do this at once, each with the same file.
             temporary = self.folder / LIBRARY / f"best_model.{time.monotonic_ns()}"
-            shutil.copyfile(folder / BEST, temporary)
-            temporary.replace(self.folder / LIBRARY / "best_model.pt")
+            try:
+                shutil.copyfile(folder / BEST, temporary)
+                temporary.replace(self.folder / LIBRARY / "best_model.pt")
+            finally:
+                temporary.unlink(missing_ok=True)  # where the disk is full
         try:
             weights = safetensors.torch.load_file(folder / SYSTEM)
             with self._open():
