@@ -8,8 +8,8 @@ from torch.nn import Conv1d, Conv2d, Conv3d
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.utils import logging
 
-from . import _compat, layers
-from .arguments import DendriteArguments, PerforatedError, check_arguments
+from . import _compat, layers, patterns, price
+from .arguments import LAYER_TYPES, DendriteArguments, PerforatedError, check_arguments
 from .tracker import DendriteTracker
 
 logger = logging.get_logger(__name__)
@@ -47,18 +47,30 @@ def perforate(
         logger.warning("Several GPUs are visible, one is used. All of them: torchrun --nproc_per_node N <script>")
     _delete_second_body(model)
     grown = {name: layers.split_dendrites(layer) for name, layer in layers.layers_with_dendrites(model).items()}
+    for name, layer in layers.layers_with_dendrites(model).items():
+        if layer.dendrite_activation != dendrite_args.dendrite_activation:
+            raise PerforatedError(
+                f"{name} has dendrites with --dendrite_activation {layer.dendrite_activation}: set it"
+            )
+    now = sum(p.numel() for p in model.parameters())
     for name in grown:  # of a model that was trained with dendrites before, and gets more
         layers.remove_dendrites(model.get_submodule(name))
-    DendriteTracker(
+    if dendrite_args.dendrite_activation not in layers.ACTIVATIONS:
+        known = ", ".join(layers.ACTIVATIONS)
+        raise PerforatedError(f"--dendrite_activation {dendrite_args.dendrite_activation}: use one of {known}")
+    ids, left = _ids_to_perforate(model, dendrite_args, set(grown))
+    table = _price(model, dendrite_args, ids, left, grown, now)
+    tracker = DendriteTracker(
         model,
         dendrite_args,
-        module_ids=_ids_to_perforate(model, dendrite_args, set(grown), training_args.process_index == 0),
+        module_ids=ids,
         grown=grown,
         check_output=_check_and_name_dimensions if not dendrite_args.output_dimensions else _check_output,
         metric=training_args.metric_for_best_model,
         greater_is_better=bool(training_args.greater_is_better),
         device=training_args.device,
     )
+    tracker.table = table
     return model
 
 
@@ -72,14 +84,43 @@ def _delete_second_body(model: PreTrainedModel) -> None:
         del model.base_model
 
 
-def _ids_to_perforate(model: PreTrainedModel, args: DendriteArguments, grown: set[str], speak: bool) -> list[str]:
-    """Names of the modules that get dendrites. One warning lists what has weights and gets none."""
-    asked, tracked = (
-        {name.strip(".") for name in ids} for ids in (args.module_ids_to_perforate, args.module_ids_to_track)
-    )
-    asked |= grown
-    if unknown := (asked | tracked) - {name for name, _ in model.named_modules()}:
-        raise PerforatedError(f"the model has no module {', '.join(sorted(unknown))}; see model.named_modules()")
+def _price(
+    model: PreTrainedModel, args: DendriteArguments, ids: list[str], left: dict, grown: dict[str, tuple], now: int
+) -> str:
+    """The table of what dendrites cost. Raises PerforatedError where not one fits `max_parameters`."""
+    modules, found = dict(model.named_modules()), {}
+    for name in ids:
+        number = sum(p.numel() for p in modules[name].parameters())
+        found[name] = type(modules[name]).__name__, number, price.neurons_of(modules[name])
+    before = max((len(dendrites) for dendrites, *_ in grown.values()), default=0)
+    most = 3 if args.testing_dendrite_capacity else args.max_dendrites if args.doing_pai else 0
+    sizes = price.sizes(now, [layer for _, *layer in found.values()], before, most)
+    price.check_fits(sizes, args)
+    return price.table(found, left, sizes, before, args.max_parameters)
+
+
+def _asked(model: PreTrainedModel, args: DendriteArguments) -> set[str]:
+    """Names of the modules in `module_ids_to_perforate`.
+
+    A regular expression such as `.*attention.*` matches containers, dropout and norms as well: it means layers of the
+    usual types, and where it matches none of these, what it matches.
+    """
+    kinds, asked = {name: type(module).__name__ for name, module in model.named_modules()}, set()
+    usual = set(LAYER_TYPES) | set(args.module_names_to_perforate)
+    for pattern, names in patterns.find(args.module_ids_to_perforate, list(kinds)).items():
+        layers_in_it = [name for name in names if kinds[name] in usual] if patterns.is_expression(pattern) else []
+        asked.update(layers_in_it or names)
+    return asked
+
+
+def _ids_to_perforate(
+    model: PreTrainedModel, args: DendriteArguments, grown: set[str]
+) -> tuple[list[str], dict[str, list[str]]]:
+    """Names of the modules that get dendrites, and of those that have weights and get none, by type."""
+    asked = _asked(model, args) | grown
+    every = [name for name, _ in model.named_modules()]
+    tracked = {name for names in patterns.find(args.module_ids_to_track, every).values() for name in names}
+    last = None if args.perforate_last_blocks is None else set(patterns.last_blocks(model, args.perforate_last_blocks))
     # Each dendrite of a tied layer, or of one that gives logits over a vocabulary, would copy its large matrix.
     names = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     logits, ids, left = model.get_output_embeddings(), [], {}
@@ -90,16 +131,14 @@ def _ids_to_perforate(model: PreTrainedModel, args: DendriteArguments, grown: se
         if path & set(ids):
             continue
         safe = all(p.requires_grad and names[id(p)] == 1 for p in module.parameters()) and module is not logits
-        if not path & tracked and (name in asked or (safe and kind in args.module_names_to_perforate)):
+        by_type = safe and kind in args.module_names_to_perforate and (last is None or path & last)
+        if not path & tracked and (name in asked or by_type):
             ids.append(name)
         elif next(module.parameters(recurse=False), None) is not None:
             left.setdefault(kind, []).append(re.sub(r"\.\d+", ".*", name) or "the model itself")
-    if left and speak:
-        kinds = (f"{kind} ({', '.join(dict.fromkeys(without))})" for kind, without in left.items())
-        logger.warning(f"No dendrites: {'; '.join(kinds)}")
     if not ids:
         raise PerforatedError("no module can get dendrites: weights tied, frozen or with two names, or no such type")
-    return ids
+    return ids, left
 
 
 def _check_output(module: torch.nn.Module, output) -> None:

@@ -32,7 +32,7 @@ from transformers import ProgressCallback as StockProgressCallback
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
-from . import _compat, checkpoint, model_card, report
+from . import _compat, checkpoint, model_card, report, schedule
 from .arguments import DendriteArguments, PerforatedError, check_arguments, compared_settings, is_resumed, run_name
 from .callbacks import (
     FiniteLossCallback,
@@ -80,11 +80,15 @@ class PerforatedTrainer(Trainer):
         self.score_name = "eval_" + self.args.metric_for_best_model.removeprefix("eval_")
         self.stopped_by, self.train_seconds, self.decision = None, 0.0, Decision.CONTINUE
         self.test_metrics = {}
+        self._fixed, self._cycle_start = self.dendrite_args.switch_mode == "fixed", 0
         self.stop_signal = StopSignalCallback()
         for callback in (StockProgressCallback, PrinterCallback):
             self.remove_callback(callback)
         greater = self.args.greater_is_better
-        self.progress = ProgressCallback(self.score_name, greater, self.dendrite_args.n_epochs_to_switch)
+        patience = None if self._fixed else self.dendrite_args.n_epochs_to_switch
+        self.progress = ProgressCallback(self.score_name, greater, patience)
+        if self._fixed:
+            self.add_callback(schedule.CycleEndCallback())
         for callback in (
             self.stop_signal,
             LogBeforeSaveCallback(),
@@ -131,15 +135,21 @@ class PerforatedTrainer(Trainer):
         self._claim(resumed)
         if not start and (warning := report.no_dendrite_can_come(self.dendrite_args, self.args, self.train_dataset)):
             say(warning)
+        if not start and (explanation := schedule.explanation(self.dendrite_args, self.args)):
+            say(explanation)
+        if self.dendrite_args.doing_pai:
+            say(self.tracker.table)
         try:
             with self.stop_signal:
                 while True:
-                    self.decision, complete = Decision.CONTINUE, False
+                    self.decision, complete, self._cycle_start = Decision.CONTINUE, False, 0
                     if start:
                         manifest = json.loads((start / checkpoint.MANIFEST).read_text(encoding="utf-8"))
                         self._name_other_settings(manifest["settings"], start.name)
                         self.train_seconds, complete = manifest["train_seconds"], manifest["complete"]
-                    if complete or (start and 0 < self.args.max_steps <= self._step_of(start)):
+                        self._cycle_start = manifest.get("cycle_start", 0)
+                    over = start and not self._fixed and 0 < self.args.max_steps <= self._step_of(start)
+                    if complete or over:
                         self._load_from_checkpoint(str(start))
                         self.state = TrainerState.load_from_json(str(start / "trainer_state.json"))
                         break
@@ -205,7 +215,12 @@ class PerforatedTrainer(Trainer):
             losses = [entry["loss"] for entry in self.state.log_history[-9:] if "loss" in entry]
             extra = {"train loss": losses[-1]} if losses and math.isfinite(losses[-1]) else {}
             test = {f"test {name}": self.test_metrics[f"test_{name}"]} if self.test_metrics else {}
-            decision = self.tracker.add_score(score, extra, test)
+            ends = self._fixed and self.state.global_step >= self.state.max_steps
+            limit = self.dendrite_args.max_parameters
+            size = self.tracker.size_with_one_more() if limit else 0
+            decision = self.tracker.add_score(score, extra, test, ends)
+            if decision is Decision.COMPLETE and limit and size > limit:
+                say(f"one dendrite more would make {size:,} parameters, --max_parameters is {limit:,}: none is added")
             if decision is Decision.RESTRUCTURED:
                 rows = report.scores(self.state.log_history, self.score_name)
                 best = report.best(rows, self.score_name, self.args.greater_is_better)[self.score_name]
@@ -237,9 +252,21 @@ class PerforatedTrainer(Trainer):
 
     def create_optimizer(self, *args, **kwargs):
         """As `Trainer.create_optimizer`; the library is told of the new optimizer."""
+        is_new = self.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)
+        if is_new and self.num_dendrites:
+            schedule.scale(optimizer, self.dendrite_args.dendrite_learning_rate_factor)
         self.tracker.set_optimizer(optimizer)
         return optimizer
+
+    def set_initial_training_values(self, *args, **kwargs):
+        """As in `Trainer`; with `--switch_mode fixed` the numbers are those of the running cycle."""
+        values = super().set_initial_training_values(*args, **kwargs)
+        return schedule.of_one_cycle(values, self._cycle_start) if self._fixed else values
+
+    def create_scheduler(self, num_training_steps, *args, **kwargs):
+        """As in `Trainer`; with `--switch_mode fixed` it is a schedule for one cycle."""
+        return super().create_scheduler(num_training_steps - self._fixed * self._cycle_start, *args, **kwargs)
 
     def floating_point_ops(self, inputs):
         """As `Trainer.floating_point_ops`, but without counting the parameters anew at each step."""
@@ -316,6 +343,9 @@ class PerforatedTrainer(Trainer):
                         "complete": self.decision is Decision.COMPLETE,
                         "train_seconds": self.train_seconds + time.monotonic() - self._began,
                         "settings": self.settings(),
+                        "cycle_start": (
+                            self._cycle_start if self.decision is Decision.CONTINUE else self.state.global_step
+                        ),
                     }
                     checkpoint.seal(folder, facts)
                     checkpoint.rotate(self.run_folder, limit)
