@@ -61,17 +61,19 @@ def find(patterns: str | list[str], names: list[str]) -> dict[str, list[str]]:
 def last_blocks(model: nn.Module, number: int) -> list[str]:
     """Names of the last blocks of a model: of the longest row of numbered modules that is not itself in such a row.
 
-    Of several that are as long, as in an encoder and a decoder, the one nearest to the output counts.
+    A row of modules of one type comes before another. Of several that are as long, as in an encoder and a decoder, the
+    one nearest to the output counts.
 
     Raises PerforatedError where there are not as many.
     """
-    stack, blocks = "", []
+    stack, blocks, best = "", [], (False, 1)
     for name, module in model.named_modules():
-        children = [child for child, _ in module.named_children()]
+        children, kinds = [child for child, _ in module.named_children()], set(map(type, module.children()))
         inside = any(part.isdigit() for part in name.split("."))
         numbered = children == [str(i) for i in range(len(children))]
-        if numbered and not inside and len(children) >= max(len(blocks), 1):
-            stack, blocks = name, [f"{name}.{child}".strip(".") for child in children]
+        rank = len(children) > 1 and len(kinds) == 1, len(children)
+        if numbered and not inside and rank >= best:
+            best, stack, blocks = rank, name, [f"{name}.{child}".strip(".") for child in children]
     if not 0 < number <= len(blocks):
         there = f"the model has {len(blocks)}, in {stack or 'itself'}" if blocks else "the model has no row of blocks"
         raise PerforatedError(f"--perforate_last_blocks {number}: {there}")

@@ -202,7 +202,7 @@ class DendriteTracker:
                 "environment without it"
             )
         self.model, self.args, self.folder, self.table = model, args, None, ""
-        threshold = args.improvement_threshold
+        threshold, fixed = args.improvement_threshold, args.switch_mode == "fixed"
         for setting in "configuration_confirmed unwrapped_modules_confirmed weight_decay_accepted silent".split():
             getattr(GPA.pc, f"set_{setting}")(True)  # never ask on standard input
         for setting in "verbose find_best_lr test_saves pai_saves retain_all_dendrites".split():
@@ -221,11 +221,13 @@ class DendriteTracker:
             "module_ids_to_perforate": [f".{name}" for name in module_ids],
             "module_names_to_perforate": [],  # all are named one by one
             "module_names_to_not_save": [],
+            # With 0 the library takes the very first score for no best one; a cycle may have no other.
+            "initial_history_after_switches": -1 if fixed else 0,
             "improvement_threshold_raw": args.improvement_threshold_raw,
             "pai_forward_function": layers.ACTIVATIONS[args.dendrite_activation],
             "candidate_weight_initialization_multiplier": args.dendrite_init_scale,
             # A capacity test changes these two, and retain_all_dendrites: a later call here must not inherit them.
-            "switch_mode": GPA.pc.DOING_NO_SWITCH if args.switch_mode == "fixed" else GPA.pc.DOING_HISTORY,
+            "switch_mode": GPA.pc.DOING_NO_SWITCH if fixed else GPA.pc.DOING_HISTORY,
             "max_dendrite_tries": args.max_dendrite_tries,
         }
         for setting, value in settings.items():
@@ -347,6 +349,8 @@ class DendriteTracker:
         """
         tracker = GPA.pai_tracker
         tracker.member_vars["switch_mode"] = GPA.pc.get_switch_mode()  # a network that is loaded brings its own
+        if self.args.switch_mode == "fixed" and not tracker.member_vars["running_accuracy"]:
+            tracker.member_vars["running_accuracy"] = score  # else the first mean of a cycle is one with 0
         if self.args.max_parameters:
             fits = self.size_with_one_more() <= self.args.max_parameters
             added = tracker.member_vars["num_dendrites_added"]
