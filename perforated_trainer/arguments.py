@@ -86,6 +86,11 @@ class DendriteArguments:
         default_factory=list,
         help="Modules that get no dendrites, nor does anything in them: names or patterns as above.",
     )
+    join_normalization: bool = HfArg(
+        default=False,
+        help="A convolution and the normalization that follows it get dendrites as one block: before a normalization, "
+        "a dendrite can lose its effect.",
+    )
     output_dimensions: list[int] | None = HfArg(
         default=None, help="0 for the dimension of the neurons, -1 for others: -1 -1 0. Default: found layer by layer."
     )

@@ -1,5 +1,6 @@
 """Which modules of a network get dendrites, and its conversion. Touches no disk."""
 
+import itertools
 import re
 from collections import Counter
 
@@ -13,6 +14,13 @@ from .arguments import LAYER_TYPES, DendriteArguments, PerforatedError, check_ar
 from .tracker import DendriteTracker
 
 logger = logging.get_logger(__name__)
+
+_CONVOLUTIONS = Conv1d, Conv2d, Conv3d
+_NORMS = tuple(
+    getattr(torch.nn, name)
+    for name in "BatchNorm1d BatchNorm2d BatchNorm3d SyncBatchNorm InstanceNorm1d InstanceNorm2d InstanceNorm3d "
+    "GroupNorm".split()
+)
 
 
 def perforate(
@@ -32,8 +40,9 @@ def perforate(
     """
     if not isinstance(model, PreTrainedModel) or model._hf_peft_config_loaded:
         raise PerforatedError(
-            f"{type(model).__name__}: a PreTrainedModel is needed whose save_pretrained writes all of it. To train "
-            "adapters, put them in with peft.inject_adapter_in_model, in the __init__ of a model class of your own"
+            f"{type(model).__name__}: a PreTrainedModel is needed whose save_pretrained writes all of it. Adapters of "
+            "peft: merge them before, model = model.merge_and_unload(), or give them dendrites too: put them in with "
+            "peft.inject_adapter_in_model, in the __init__ of a model class of your own (docs/adapters.md)"
         )
     check_arguments(dendrite_args, training_args)
     for name in ("activation_checkpointing", "gradient_checkpointing"):  # the new name came with transformers 5.21
@@ -58,7 +67,11 @@ def perforate(
     if dendrite_args.dendrite_activation not in layers.ACTIVATIONS:
         known = ", ".join(layers.ACTIVATIONS)
         raise PerforatedError(f"--dendrite_activation {dendrite_args.dendrite_activation}: use one of {known}")
+    joined = _join_normalization(model) if dendrite_args.join_normalization else []
     ids, left = _ids_to_perforate(model, dendrite_args, set(grown))
+    for name in joined:
+        if name not in ids:
+            layers.separate(model, name)
     table = _price(model, dendrite_args, ids, left, grown, now)
     tracker = DendriteTracker(
         model,
@@ -84,6 +97,25 @@ def _delete_second_body(model: PreTrainedModel) -> None:
         del model.base_model
 
 
+def _join_normalization(model: PreTrainedModel) -> list[str]:
+    """Make one block of each convolution and the normalization that its parent registers right after it."""
+    pairs = []
+    for parent, module in model.named_modules():
+        children = list(module.named_children())
+        for (name, layer), (norm, follower) in itertools.pairwise(children):
+            channels = getattr(follower, "num_features", getattr(follower, "num_channels", None))
+            if isinstance(layer, _CONVOLUTIONS) and isinstance(follower, _NORMS) and channels == layer.out_channels:
+                pairs.append((f"{parent}.{name}".strip("."), norm))
+    for name, norm in pairs:
+        layers.join(model, name, norm)
+    return [name for name, _ in pairs]
+
+
+def _kind(module: torch.nn.Module) -> str:
+    """The type of a module; of a convolution joined with its normalization, that of the convolution."""
+    return type(module[0] if hasattr(module, "joined_norm") else module).__name__
+
+
 def _price(
     model: PreTrainedModel, args: DendriteArguments, ids: list[str], left: dict, grown: dict[str, tuple], now: int
 ) -> str:
@@ -91,7 +123,7 @@ def _price(
     modules, found = dict(model.named_modules()), {}
     for name in ids:
         number = sum(p.numel() for p in modules[name].parameters())
-        found[name] = type(modules[name]).__name__, number, price.neurons_of(modules[name])
+        found[name] = _kind(modules[name]), number, price.neurons_of(modules[name])
     before = max((len(dendrites) for dendrites, *_ in grown.values()), default=0)
     most = 3 if args.testing_dendrite_capacity else args.max_dendrites if args.doing_pai else 0
     sizes = price.sizes(now, [layer for _, *layer in found.values()], before, most)
@@ -105,7 +137,7 @@ def _asked(model: PreTrainedModel, args: DendriteArguments) -> set[str]:
     A regular expression such as `.*attention.*` matches containers, dropout and norms as well: it means layers of the
     usual types, and where it matches none of these, what it matches.
     """
-    kinds, asked = {name: type(module).__name__ for name, module in model.named_modules()}, set()
+    kinds, asked = {name: _kind(module) for name, module in model.named_modules()}, set()
     usual = set(LAYER_TYPES) | set(args.module_names_to_perforate)
     for pattern, names in patterns.find(args.module_ids_to_perforate, list(kinds)).items():
         layers_in_it = [name for name in names if kinds[name] in usual] if patterns.is_expression(pattern) else []
@@ -125,7 +157,7 @@ def _ids_to_perforate(
     names = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     logits, ids, left = model.get_output_embeddings(), [], {}
     for name, module in model.named_modules():
-        path, kind = {name, *(name[:i] for i, letter in enumerate(name) if letter == ".")}, type(module).__name__
+        path, kind = {name, *(name[:i] for i, letter in enumerate(name) if letter == ".")}, _kind(module)
         if kind in args.module_names_to_track and name not in asked:
             tracked.add(name)
         if path & set(ids):
@@ -155,7 +187,7 @@ def _check_and_name_dimensions(module: torch.nn.Module, output) -> None:
     """Also tell the library which dimension is the neurons': the second of a convolution, the last of anything else."""
     _check_output(module, output)
     if module.processor is None:
-        convolutions = (m for m in module.main_module.modules() if isinstance(m, (Conv1d, Conv2d, Conv3d)))
+        convolutions = (m for m in module.main_module.modules() if isinstance(m, _CONVOLUTIONS))
         dimensions = [-1] * output.ndim
         dimensions[1 if any(len(m.kernel_size) + 2 == output.ndim for m in convolutions) else -1] = 0
         module.set_this_output_dimensions(dimensions)

@@ -433,5 +433,8 @@ class DendriteTracker:
         for module in UPA.get_tracked_modules(self.model, 0):
             memo[id(module)] = copy.deepcopy(module.main_module, memo)
         model = copy.deepcopy(self.model, memo)
+        for module in self._open_modules:
+            if hasattr(module.main_module, "joined_norm") and not module.dendrite_modules_added:
+                layers.separate(model, module.name[1:])  # its weights then have the names of a stock model
         del model.tracker_string
         return layers.make_dendritic(model)

@@ -179,3 +179,87 @@ def test_prices_of_other_modules():
         price.neurons_of(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 1), torch.nn.BatchNorm2d(8), torch.nn.ReLU())) == 8
     )
     assert price.sizes(100, [(10, 2)], 0, 2) == [100, 112, 126]
+
+
+# ----------------------------------------------------------------------------- a convolution with its normalisation
+
+
+def logits(model, name=RESNET):
+    images = torch.stack([row["pixel_values"] for row in models.rows(name)[:4]])
+    with torch.no_grad():
+        return model.eval()(pixel_values=images).logits
+
+
+def test_a_convolution_and_its_normalisation_are_one_block():
+    stock = models.build(RESNET)
+    before = logits(stock)
+    trainer = trainer_for(RESNET, stock, join_normalization=True, improvement_threshold=[0.0])
+    assert "resnet.embedder.embedder.convolution  Conv2d" in re.sub("  +", "  ", trainer.tracker.table)
+    assert torch.equal(logits(trainer.model), before)
+    trainer.train()
+    assert trainer.num_dendrites == 1
+    model = trainer.deployed_model()
+    block = model.resnet.embedder.embedder.convolution
+    assert isinstance(block, torch.nn.Sequential) and isinstance(block[1], torch.nn.BatchNorm2d)
+    assert isinstance(block.dendrites[0][1], torch.nn.BatchNorm2d) and block.num_dendrites == 1
+    assert trainer.num_parameters == trainer.cycles()[-1]["parameters"] == sum(p.numel() for p in model.parameters())
+    trainer.save_model("saved")
+    loaded = models.model_class(RESNET).from_pretrained("saved")
+    assert torch.equal(logits(loaded), logits(trainer.model))
+    again = trainer_for(RESNET, loaded, join_normalization=True)  # gets more dendrites
+    assert again.num_dendrites == 1 and torch.equal(logits(again.model), logits(trainer.model))
+
+
+def test_without_a_dendrite_a_joined_model_is_saved_as_a_stock_model():
+    trainer = trainer_for(RESNET, join_normalization=True, max_dendrites=0)
+    trainer.train()
+    trainer.save_model("saved")
+    names = models.build(RESNET).state_dict().keys()
+    assert trainer.deployed_model().state_dict().keys() == names
+    assert torch.equal(logits(models.model_class(RESNET).from_pretrained("saved")), logits(trainer.model))
+
+
+def test_what_gets_no_dendrites_is_not_joined():
+    model, settings = models.build(RESNET), {"join_normalization": True, "module_ids_to_track": ["embedder"]}
+    perforate(model, DendriteArguments(**settings), arguments())
+    assert isinstance(model.resnet.embedder.embedder.convolution, torch.nn.Conv2d)
+    assert isinstance(model.resnet.embedder.embedder.normalization, torch.nn.BatchNorm2d)
+
+
+# ------------------------------------------------------------------------------------------------------------ adapters
+
+
+def scores(model):
+    batch = torch.stack([row["input_ids"] for row in models.rows(BERT)[:4]])
+    with torch.no_grad():
+        return model.eval()(input_ids=batch).logits
+
+
+def test_adapters_are_merged_and_then_the_model_gets_dendrites():
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["q_lin", "v_lin"], task_type="SEQ_CLS", init_lora_weights=False)
+    adapted = peft.get_peft_model(models.build(BERT), config)
+    with pytest.raises(PerforatedError, match="merge_and_unload"):
+        trainer_for(BERT, adapted)
+    before, model = scores(adapted), adapted.merge_and_unload()
+    assert torch.allclose(scores(model), before, atol=1e-5)
+    for parameter in model.distilbert.parameters():
+        parameter.requires_grad = False
+    trainer = trainer_for(BERT, model, improvement_threshold=[0.0])
+    trainer.train()
+    assert trainer.num_dendrites == 1
+    trainer.save_model("saved")
+    loaded = models.model_class(BERT).from_pretrained("saved")
+    assert loaded.classifier.num_dendrites == 1 and not hasattr(loaded.distilbert.transformer.layer[0], "num_dendrites")
+    assert torch.equal(scores(loaded), scores(trainer.model))
+
+
+def test_the_layers_of_adapters_get_dendrites_in_a_class_of_its_own():
+    pytest.importorskip("peft")
+    trainer = trainer_for(BERT, models.build("LoraDistilBert"), improvement_threshold=[0.0])
+    trainer.train()
+    assert trainer.num_dendrites == 1
+    trainer.save_model("saved")
+    loaded = models.LoraDistilBert.from_pretrained("saved")
+    assert loaded.distilbert.transformer.layer[0].attention.q_lin.lora_A.default.num_dendrites == 1
+    assert torch.equal(scores(loaded), scores(trainer.model))
