@@ -97,6 +97,9 @@ class DendriteArguments:
     fused: bool = HfArg(
         default=True, help="Compute a layer and its dendrites as one product. False: the library's own forward."
     )
+    control_of: str | None = HfArg(
+        default=None, help="Folder of a run: train the same way without dendrites, and say what they gave."
+    )
     overwrite_run: bool = HfArg(default=False, help="Replace the run that the folder already holds.")
 
 

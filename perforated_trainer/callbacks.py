@@ -103,9 +103,12 @@ class PlotCallback(TrainerCallback):
     def draw(self, args, state):
         self.drawn = time.monotonic()
         if state.is_world_process_zero:
-            DendriteTracker.current.draw()
             path = Path(args.output_dir, f"{run_name(args)}.png")
-            plot.draw(state.log_history, self.score_name, self.greater_is_better, path)
+            try:
+                DendriteTracker.current.draw()
+                plot.draw(state.log_history, self.score_name, self.greater_is_better, path)
+            except OSError as error:  # a full disk, say; the training needs no picture
+                say(f"warning: {path} cannot be drawn: {error}")
 
 
 class StopSignalCallback(TrainerCallback):

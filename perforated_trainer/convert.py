@@ -11,7 +11,8 @@ from transformers.utils import logging
 
 from . import _compat, layers, patterns, price
 from .arguments import LAYER_TYPES, DendriteArguments, PerforatedError, check_arguments
-from .tracker import DendriteTracker
+from .control import ControlTracker
+from .tracker import DendriteTracker, refuse_other_variant
 
 logger = logging.get_logger(__name__)
 
@@ -38,6 +39,7 @@ def perforate(
 
     Raises PerforatedError for settings that cannot work.
     """
+    refuse_other_variant()
     if not isinstance(model, PreTrainedModel) or model._hf_peft_config_loaded:
         raise PerforatedError(
             f"{type(model).__name__}: a PreTrainedModel is needed whose save_pretrained writes all of it. Adapters of "
@@ -55,6 +57,9 @@ def perforate(
         _compat.use_one_gpu(training_args)
         logger.warning("Several GPUs are visible, one is used. All of them: torchrun --nproc_per_node N <script>")
     _delete_second_body(model)
+    if dendrite_args.control_of:
+        ControlTracker(model, dendrite_args, bool(training_args.greater_is_better), training_args.device)
+        return model
     grown = {name: layers.split_dendrites(layer) for name, layer in layers.layers_with_dendrites(model).items()}
     for name, layer in layers.layers_with_dendrites(model).items():
         if layer.dendrite_activation != dendrite_args.dendrite_activation:

@@ -2,7 +2,8 @@
 
 `results.json` has these keys: stopped_by ("tracker", "max_steps" or "callback"), testing_dendrite_capacity, dataset,
 metric, greater_is_better, seed, cycles (for each number of dendrites the best validation score and the other scores at
-that step), final, global_step, train_seconds, steps_per_second, command, versions.
+that step), final, global_step, restarts (the steps at which optimizer and schedule started anew), train_seconds,
+steps_per_second, settings (what a control must share), command, versions; of a control also `control`, see `verdict`.
 """
 
 import math
@@ -127,11 +128,13 @@ def no_dendrite_can_come(dendrite_args: DendriteArguments, args: TrainingArgumen
         evaluations = math.ceil(args.num_train_epochs)
     else:
         return None
-    if evaluations > dendrite_args.n_epochs_to_switch:
+    patience = dendrite_args.n_epochs_to_switch
+    needed = patience + 2 if patience else 1  # the first score is the best, and the library waits for one more
+    if evaluations >= needed:
         return None
     return (
-        f"warning: no dendrite can be added: {count(evaluations, 'evaluation')} in all, --n_epochs_to_switch "
-        f"{dendrite_args.n_epochs_to_switch}. Train longer, evaluate more often (--eval_steps) or lower it"
+        f"warning: no dendrite can be added: {count(evaluations, 'evaluation')} in all, and --n_epochs_to_switch "
+        f"{patience} needs {needed}. Train longer, evaluate more often (--eval_steps) or lower it"
     )
 
 
@@ -140,12 +143,12 @@ def no_dendrite_came(dendrite_args: DendriteArguments, log_history: list[dict], 
     rows = scores(log_history, score_name)
     if not dendrite_args.doing_pai or any(row["dendrites"] for row in rows):
         return None
+    reason = f"one is added after {dendrite_args.n_epochs_to_switch} without a better score (--n_epochs_to_switch)"
     if dendrite_args.switch_mode == "fixed":
-        return "warning: this run ended without a single dendrite: one is added at the end of a cycle"
-    return (
-        f"warning: this run ended without a single dendrite: {count(len(rows), 'evaluation')} in all, and one is added "
-        f"after {dendrite_args.n_epochs_to_switch} without a better score (--n_epochs_to_switch)"
-    )
+        reason = "one is added at the end of a cycle"
+    if not dendrite_args.max_dendrites:
+        reason = "--max_dendrites is 0"
+    return f"warning: this run ended without a single dendrite: {count(len(rows), 'evaluation')} in all, and {reason}"
 
 
 def comparison(results: dict) -> str:
@@ -175,7 +178,8 @@ def summary(results: dict, folder: Path) -> str:
     """The table of the cycles, what is better and by how much, the final scores, and where everything is."""
     lines = []
     if results["cycles"]:
-        lines += ["", table(results["cycles"]), comparison(results)]
+        told = results["control"]["verdict"] if "control" in results else comparison(results)
+        lines += ["", table(results["cycles"]), told]
     final = dict(results["final"])
     line = f"final: {count(final.pop('dendrites'), 'dendrite')}, {final.pop('parameters'):,} parameters, "
     lines.append(line + ", ".join(f"{name} {value:.4f}" for name, value in final.items()))
@@ -185,6 +189,8 @@ def summary(results: dict, folder: Path) -> str:
     )
     plot = folder / f"{folder.resolve().name}.png"
     lines.append(f"model: {folder}/final   plot: {plot}   results: {folder}/results.json")
+    if results["cycles"] and results["final"]["dendrites"] > results["cycles"][0]["dendrites"]:
+        lines.append(f"Dendrites, or only longer training? The same command with --control_of {folder} tells.")
     if results["testing_dendrite_capacity"]:
         lines.append("This was a test of dendrite capacity, not a training run.")
     return "\n".join(lines)

@@ -54,6 +54,8 @@ class CycleEndCallback(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step >= state.max_steps:
             control.should_evaluate = True
+            # The Trainer's own stop, at its last step. What comes after it, such as a signal, asks for a stop again.
+            control.should_training_stop = False
 
     def on_epoch_end(self, args, state, control, **kwargs):
         if state.global_step >= state.max_steps:

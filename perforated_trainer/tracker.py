@@ -58,6 +58,15 @@ def _stop(*args, **kwargs):
     raise SystemExit
 
 
+def refuse_other_variant() -> None:
+    """Raise PerforatedError where the paid package is installed."""
+    if PERFORATEDBP:
+        raise PerforatedError(
+            "the package perforatedbp is installed: it would change the training and is not supported here; use an "
+            "environment without it"
+        )
+
+
 @contextlib.contextmanager
 def _library(folder: Path) -> Iterator[None]:
     """Around calls into perforatedai, which writes below the current folder. Where it prints an error and opens a
@@ -184,6 +193,8 @@ class DendriteTracker:
     """
 
     current: "DendriteTracker | None" = None  # the library keeps one per process
+    callbacks = ()  # that the trainer needs with this tracker
+    decides_everywhere = False  # the first process decides, for all
 
     def __init__(
         self,
@@ -196,11 +207,6 @@ class DendriteTracker:
         greater_is_better: bool,
         device: torch.device,
     ):
-        if PERFORATEDBP:
-            raise PerforatedError(
-                "the package perforatedbp is installed: it would change the training and is not supported here; use an "
-                "environment without it"
-            )
         self.model, self.args, self.folder, self.table = model, args, None, ""
         threshold, fixed = args.improvement_threshold, args.switch_mode == "fixed"
         for setting in "configuration_confirmed unwrapped_modules_confirmed weight_decay_accepted silent".split():
@@ -270,8 +276,8 @@ class DendriteTracker:
                 dimensions = module.this_output_dimensions.tolist()
                 how = {"dim": dimensions.index(0) - len(dimensions), "activation": activation}
                 module.__dict__["parts"] = (module.main_module, *_dendrites_of(module), how)
-            elif not number:
-                continue  # the library's forward calls the dendrites' module
+            for empty in (p for p in module.parameters() if not p.numel()):
+                empty.requires_grad_(False)  # no gradient reaches it, and DistributedDataParallel would wait for one
             _unregister(dendrites, _OF_DENDRITES)
             _unregister(module, _WITH_DENDRITES if number else _WITHOUT_DENDRITES)
 
@@ -291,6 +297,17 @@ class DendriteTracker:
             self.model.tracker_string = buffer
             self._close()
 
+    @contextlib.contextmanager
+    def forward(self, fused: bool) -> Iterator[None]:
+        """For a `with` block, compute layers by our formula or by the library's own forward."""
+        before, self.args.fused = self.args.fused, fused
+        self._close()
+        try:
+            yield
+        finally:
+            self.args.fused = before
+            self._close()
+
     # ----------------------------------------------------------------------------------------------------- what is now
 
     @property
@@ -302,17 +319,7 @@ class DendriteTracker:
     def num_parameters(self) -> int:
         """Number of distinct parameters of the network as it would be deployed, without training scaffolding."""
         old = {id(p) for m in self._open_modules for p in list(m.dendrites_to_top)[:-1]}  # the last one is used
-        of_library = (
-            {}
-            if self.args.fused
-            else {
-                id(p)
-                for m in self._open_modules
-                for name in _OF_DENDRITES
-                for p in getattr(m.dendrite_module, name).parameters()
-            }
-        )
-        return sum(p.numel() for p in self.model.parameters() if id(p) not in old and id(p) not in of_library)
+        return sum(p.numel() for p in self.model.parameters() if id(p) not in old)
 
     @property
     def scores_since_best(self) -> int:
@@ -338,13 +345,14 @@ class DendriteTracker:
         return price.sizes(self.num_parameters, prices, self.num_dendrites, 1)[-1]
 
     def add_score(
-        self, score: float, extra: dict[str, float], test: dict[str, float], end_of_cycle: bool = False
+        self, score: float, extra: dict[str, float], test: dict[str, float], step: int, end_of_cycle: bool = False
     ) -> Decision:
         """Give a validation score to the library, which may restructure the network.
 
         Args:
             score: of the metric that decides.
             extra, test: further values by name, for the library's graphs.
+            step: at which the score was measured; only a control decides by it.
             end_of_cycle: end the cycle whatever the score.
         """
         tracker = GPA.pai_tracker
@@ -397,12 +405,17 @@ class DendriteTracker:
 
     def load(self, folder: Path) -> None:
         """Bring network, dendrites and tracker to where `save` found them. PerforatedError for another network."""
+        if not (folder / SYSTEM).is_file():
+            raise PerforatedError(f"{folder} holds no network for dendrites; of a control, give its --control_of too")
         if (folder / BEST).is_file():
             (self.folder / LIBRARY).mkdir(parents=True, exist_ok=True)
             # Several processes may do this at once, each with the same file.
             temporary = self.folder / LIBRARY / f"best_model.{time.monotonic_ns()}"
-            shutil.copyfile(folder / BEST, temporary)
-            temporary.replace(self.folder / LIBRARY / "best_model.pt")
+            try:
+                shutil.copyfile(folder / BEST, temporary)
+                temporary.replace(self.folder / LIBRARY / "best_model.pt")
+            finally:
+                temporary.unlink(missing_ok=True)  # where the disk is full
         try:
             weights = safetensors.torch.load_file(folder / SYSTEM)
             with self._open():

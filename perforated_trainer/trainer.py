@@ -12,6 +12,7 @@ import inspect
 import json
 import math
 import pickle
+import re
 import shlex
 import sys
 import time
@@ -32,7 +33,7 @@ from transformers import ProgressCallback as StockProgressCallback
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
-from . import _compat, checkpoint, model_card, report, schedule
+from . import _compat, checkpoint, model_card, plot, report, schedule
 from .arguments import DendriteArguments, PerforatedError, check_arguments, compared_settings, is_resumed, run_name
 from .callbacks import (
     FiniteLossCallback,
@@ -45,7 +46,8 @@ from .callbacks import (
 from .convert import perforate
 from .layers import layers_with_dendrites
 from .remote_code import save_code
-from .tracker import Decision, DendriteTracker
+from .tracker import Decision, DendriteTracker, refuse_other_variant
+from .verdict import verdict
 
 
 class PerforatedTrainer(Trainer):
@@ -66,6 +68,7 @@ class PerforatedTrainer(Trainer):
     def __init__(self, *args, dendrite_args: DendriteArguments | None = None, test_dataset=None, **kwargs):
         if "using_perforatedai" in inspect.signature(super().__init__).parameters:  # Perforated AI's fork
             kwargs["using_perforatedai"] = False
+        refuse_other_variant()
         super().__init__(*args, **kwargs)
         if self.optimizer is not None or self.model_init is not None:
             raise PerforatedError("each dendrite needs a new optimizer: pass optimizer_cls_and_kwargs, no model_init")
@@ -79,8 +82,11 @@ class PerforatedTrainer(Trainer):
         self.test_dataset = test_dataset
         self.score_name = "eval_" + self.args.metric_for_best_model.removeprefix("eval_")
         self.stopped_by, self.train_seconds, self.decision = None, 0.0, Decision.CONTINUE
-        self.test_metrics = {}
-        self._fixed, self._cycle_start = self.dendrite_args.switch_mode == "fixed", 0
+        # What comes into an empty folder before the training, such as scores of the model as it was, is of this run.
+        self._was_free = not self.run_folder.is_dir() or not any(self.run_folder.iterdir())
+        self._stop_was_asked = False
+        self._fixed = self.dendrite_args.switch_mode == "fixed"
+        self.test_metrics, self.restarts, self._data = {}, [], None
         self.stop_signal = StopSignalCallback()
         for callback in (StockProgressCallback, PrinterCallback):
             self.remove_callback(callback)
@@ -95,6 +101,7 @@ class PerforatedTrainer(Trainer):
             FiniteLossCallback(),
             self.progress,
             PlotCallback(self.score_name, greater),
+            *self.tracker.callbacks,
         ):
             self.add_callback(callback)
 
@@ -129,9 +136,11 @@ class PerforatedTrainer(Trainer):
         Raises PerforatedError for a folder that is not free, a checkpoint that cannot be used, a loss that is not
         finite, a disk that is full, and after a signal.
         """
-        resumed, start, output = is_resumed(resume_from_checkpoint), None, None
+        resumed, start, output, self.restarts = is_resumed(resume_from_checkpoint), None, None, []
         if resumed:
             start = checkpoint.find(resume_from_checkpoint, self.run_folder, say)
+        if self.dendrite_args.control_of:
+            self.tracker.check(self.settings())
         self._claim(resumed)
         if not start and (warning := report.no_dendrite_can_come(self.dendrite_args, self.args, self.train_dataset)):
             say(warning)
@@ -142,12 +151,12 @@ class PerforatedTrainer(Trainer):
         try:
             with self.stop_signal:
                 while True:
-                    self.decision, complete, self._cycle_start = Decision.CONTINUE, False, 0
+                    self.decision, complete, self._stop_was_asked = Decision.CONTINUE, False, False
                     if start:
                         manifest = json.loads((start / checkpoint.MANIFEST).read_text(encoding="utf-8"))
                         self._name_other_settings(manifest["settings"], start.name)
                         self.train_seconds, complete = manifest["train_seconds"], manifest["complete"]
-                        self._cycle_start = manifest.get("cycle_start", 0)
+                        self.restarts = manifest["restarts"]
                     over = start and not self._fixed and 0 < self.args.max_steps <= self._step_of(start)
                     if complete or over:
                         self._load_from_checkpoint(str(start))
@@ -159,10 +168,10 @@ class PerforatedTrainer(Trainer):
                     self._began = time.monotonic()
                     output = super().train(str(start) if start else None, *args, **kwargs)
                     self.train_seconds += time.monotonic() - self._began
-                    complete = self.decision is Decision.COMPLETE
-                    if complete or self.decision is Decision.CONTINUE:
+                    stopped = self._stop_was_asked and self.decision is Decision.RESTRUCTURED
+                    if stopped or self.decision is Decision.CONTINUE:
                         break
-                    start = self._checkpoint_folder()
+                    start = self._checkpoint_folder()  # also when training is complete: all processes load the best
         except KeyError as error:  # the Trainer's words for a metric that evaluation does not produce
             raise PerforatedError(error.args[0]) if "metric_for_best_model" in str(error) else error from None
         except pickle.UnpicklingError as error:  # torch.load under weights_only, in the Trainer
@@ -188,7 +197,7 @@ class PerforatedTrainer(Trainer):
         if self.is_world_process_zero():
             try:
                 overwrite = self.dendrite_args.overwrite_run
-                checkpoint.claim(self.run_folder, shlex.join(sys.argv), token, overwrite, resumed)
+                checkpoint.claim(self.run_folder, shlex.join(sys.argv), token, overwrite, resumed, self._was_free)
             except (PerforatedError, OSError) as caught:
                 error = f"{caught}"
         self.accelerator.wait_for_everyone()
@@ -210,15 +219,17 @@ class PerforatedTrainer(Trainer):
         if idle := self.tracker.idle_modules():
             raise PerforatedError(f"no training reached {', '.join(idle)}: set --module_ids_to_track {' '.join(idle)}")
         decision = Decision.CONTINUE
-        if self.is_world_process_zero():
-            before, name = self.num_dendrites, report.unit(self.score_name)
+        if self.is_world_process_zero() or self.tracker.decides_everywhere:
+            before, unit = self.num_dendrites, report.unit(self.score_name)
             losses = [entry["loss"] for entry in self.state.log_history[-9:] if "loss" in entry]
             extra = {"train loss": losses[-1]} if losses and math.isfinite(losses[-1]) else {}
-            test = {f"test {name}": self.test_metrics[f"test_{name}"]} if self.test_metrics else {}
-            ends = self._fixed and self.state.global_step >= self.state.max_steps
-            limit = self.dendrite_args.max_parameters
+            test = {f"test {name}": value for name, value in self.test_metrics.items() if name == f"test_{unit}"}
+            step = self.state.global_step
+            ends = self._fixed and step >= self.state.max_steps
+            limit = self.dendrite_args.doing_pai and self.dendrite_args.max_parameters
             size = self.tracker.size_with_one_more() if limit else 0
-            decision = self.tracker.add_score(score, extra, test, ends)
+            with self._in_one_line("the best model so far"):
+                decision = self.tracker.add_score(score, extra, test, step, end_of_cycle=ends)
             if decision is Decision.COMPLETE and limit and size > limit:
                 say(f"one dendrite more would make {size:,} parameters, --max_parameters is {limit:,}: none is added")
             if decision is Decision.RESTRUCTURED:
@@ -227,9 +238,11 @@ class PerforatedTrainer(Trainer):
                 grown = f"{before} -> {report.count(self.num_dendrites, 'dendrite')}"
                 if before == self.num_dendrites:
                     grown = f"dendrite {before} did not help and is tried anew"
+                if self.dendrite_args.control_of:
+                    grown = "optimizer and schedule start anew, as in the run"
                 say(
                     f"step {self.state.global_step:,}: {grown}, {self.num_parameters:,} parameters, "
-                    f"best {report.unit(self.score_name)} so far {best:.4f}"
+                    f"best {unit} so far {best:.4f}"
                 )
         return broadcast_object_list([decision])[0]
 
@@ -242,11 +255,15 @@ class PerforatedTrainer(Trainer):
     def settings(self) -> dict:
         """What a resumed run should share with the run that wrote the checkpoint."""
         settings = compared_settings(self.dendrite_args, self.args)
-        for name in ("train_dataset", "eval_dataset", "test_dataset"):
-            data = getattr(self, name)
-            if hasattr(data, "__len__") and hasattr(data, "__getitem__") and not isinstance(data, dict):
-                settings[name] = f"{len(data)} examples, first {zlib.crc32(repr(data[0]).encode()):08x}"
-        return settings
+        if self._data is None:  # looked at once: an example may be made with random numbers
+            self._data = {}
+            for name in ("train_dataset", "eval_dataset", "test_dataset"):
+                data = getattr(self, name)
+                if hasattr(data, "__len__") and hasattr(data, "__getitem__") and not isinstance(data, dict):
+                    first, again = (re.sub("0x[0-9a-f]+", "", repr(data[0])) for _ in range(2))
+                    mark = f", first {zlib.crc32(first.encode()):08x}" if first == again else ""
+                    self._data[name] = f"{len(data)} examples{mark}"
+        return settings | self._data
 
     # ------------------------------------------------------------------------------------- the Trainer's hooks: a step
 
@@ -254,10 +271,15 @@ class PerforatedTrainer(Trainer):
         """As `Trainer.create_optimizer`; the library is told of the new optimizer."""
         is_new = self.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)
-        if is_new and self.num_dendrites:
+        if is_new and (self.num_dendrites or self.restarts):  # a control has no dendrites
             schedule.scale(optimizer, self.dendrite_args.dendrite_learning_rate_factor)
         self.tracker.set_optimizer(optimizer)
         return optimizer
+
+    @property
+    def _cycle_start(self) -> int:
+        """The global step at which the running cycle began."""
+        return self.restarts[-1] if self.restarts else 0
 
     def set_initial_training_values(self, *args, **kwargs):
         """As in `Trainer`; with `--switch_mode fixed` the numbers are those of the running cycle."""
@@ -297,7 +319,10 @@ class PerforatedTrainer(Trainer):
         """As `Trainer._evaluate`, the evaluations while training; then the tracker decides how to go on."""
         metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
         if not skip_scheduler:  # not on an evaluation before the first step, --eval_on_start
+            self._stop_was_asked = self.control.should_training_stop  # by a callback; a new cycle would not hear of it
             self.decision = self._decide(metrics)
+            if self.decision is Decision.RESTRUCTURED:
+                self.restarts.append(self.state.global_step)
             self.progress.show(self.args, self.state)
             if self.decision is not Decision.CONTINUE:
                 self.control.should_save = self.control.should_training_stop = True
@@ -326,14 +351,13 @@ class PerforatedTrainer(Trainer):
 
     def _save_checkpoint(self, model, trial):
         """As `Trainer._save_checkpoint`; the checkpoint counts once all of it is there, and only then old ones go."""
-        folder, limit = self._checkpoint_folder(), self.args.save_total_limit
+        folder, limit, settings = self._checkpoint_folder(), self.args.save_total_limit, self.settings()
         self.state.best_global_step = None  # the tracker keeps the best model, the Trainer need not
         self.args.save_total_limit = None  # the Trainer would delete an old checkpoint before the new one is sealed
         try:
-            with _writing(folder):
+            with self._in_one_line(folder):
                 if self.is_world_process_zero():
-                    checkpoint.discard(folder)
-                    folder.mkdir(parents=True)
+                    checkpoint.begin(folder)
                 self.accelerator.wait_for_everyone()  # before other processes write their random state there
                 super()._save_checkpoint(model, trial)
                 self.accelerator.wait_for_everyone()
@@ -342,16 +366,31 @@ class PerforatedTrainer(Trainer):
                     facts = {
                         "complete": self.decision is Decision.COMPLETE,
                         "train_seconds": self.train_seconds + time.monotonic() - self._began,
-                        "settings": self.settings(),
-                        "cycle_start": (
-                            self._cycle_start if self.decision is Decision.CONTINUE else self.state.global_step
-                        ),
+                        "settings": settings,
+                        "restarts": self.restarts,
                     }
                     checkpoint.seal(folder, facts)
                     checkpoint.rotate(self.run_folder, limit)
         finally:
             self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()
+
+    @staticmethod
+    @contextlib.contextmanager
+    def _in_one_line(what):
+        """A full disk, while `what` is written, as one line. Around the run's own writing only, never user's code."""
+        try:
+            yield
+        except (OSError, safetensors.SafetensorError, RuntimeError) as error:
+            # On a full disk torch.save says "PytorchStreamWriter failed", or names its source file inline_container.cc
+            about_files = not isinstance(error, RuntimeError) or re.search("StreamWriter|inline_container", str(error))
+            if isinstance(error, PerforatedError) or not about_files:
+                raise
+            raise PerforatedError(
+                f"{what} cannot be written: {error}. Earlier checkpoints are still good: go on with "
+                "--resume_from_checkpoint true",
+                exit_status=1,
+            ) from error
 
     def _save_optimizer_and_scheduler(self, output_dir):
         """As in `Trainer`; nothing where the structure has just changed: they belong to the network before that."""
@@ -364,7 +403,8 @@ class PerforatedTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         """The only place where model, dendrites and tracker are loaded; `Trainer` does the rest."""
-        self.tracker.load(Path(resume_from_checkpoint))
+        with self._in_one_line("the best model so far"):
+            self.tracker.load(Path(resume_from_checkpoint))
         self.accelerator.wait_for_everyone()
 
     @staticmethod
@@ -417,20 +457,34 @@ class PerforatedTrainer(Trainer):
             "cycles": self.cycles(),
             "final": final,
             "global_step": self.state.global_step,
+            "restarts": [step for step in self.restarts if step < self.state.global_step],
             "train_seconds": round(self.train_seconds, 3),
             "steps_per_second": round(self.state.global_step / max(self.train_seconds, 1e-9), 1),
+            "settings": self.settings(),
             "command": shlex.join(sys.argv),
             "versions": report.installed_versions(),
         }
+        if (run := self.dendrite_args.control_of) and self.stopped_by == "tracker":  # else it was not as long
+            self.results["control"] = verdict(self, self.tracker.results, final, Path(run))
         if self.args.should_save:
-            with _writing(self.run_folder), self._whole_final_folder():
-                self.save_model(_internal_call=True)
-                self.create_model_card()
-            checkpoint.write_whole(self.run_folder / checkpoint.RESULTS, json.dumps(self.results, indent=2) + "\n")
+            with self._in_one_line(self.run_folder / checkpoint.FINAL):
+                self._write_final()
+                checkpoint.write_whole(self.run_folder / checkpoint.RESULTS, json.dumps(self.results, indent=2) + "\n")
+            if "control" in self.results:
+                self._draw_run_with_control(Path(run))
         say(report.summary(self.results, self.run_folder))
         if self.dendrite_args.testing_dendrite_capacity:
             say(f"Largest memory in use: {report.peak_memory()}")
         return self.results
+
+    def _draw_run_with_control(self, run: Path) -> None:
+        """Draw the picture of the run anew, with the control's score as a line, where its log is still there."""
+        states = sorted(run.glob("checkpoint-*/trainer_state.json"), key=lambda path: self._step_of(path.parent))
+        if states and self._step_of(states[-1].parent) == self.tracker.last_step:
+            history = TrainerState.load_from_json(str(states[-1])).log_history
+            path, without = run / f"{run.resolve().name}.png", self.results["control"]["without"]
+            with self._in_one_line(path):
+                plot.draw(history, self.score_name, self.args.greater_is_better, path, without)
 
     # ------------------------------------------------------------------------------------------------------ model card
 
@@ -440,10 +494,21 @@ class PerforatedTrainer(Trainer):
         if results is None:
             super().create_model_card(*args, **kwargs)
         elif self.is_world_process_zero():
-            kind, processor = type(self.model), self.processing_class is not None
-            name = kwargs.get("model_name") or self.tracker.folder.name
-            own = not kind.__module__.startswith("transformers.")
-            card = model_card.model_card(results, name, kind.__name__, processor, own)
+            kind, processor = type(self.model), self.processing_class
+            run, here = self.tracker.folder, Path.cwd()
+            run = run.relative_to(here) if run.is_relative_to(here) else Path(run.name)  # no path of this machine
+            card = model_card.model_card(
+                results,
+                name=kwargs.get("model_name") or run.name,
+                model_class=kind.__name__,
+                processor=processor is not None,
+                custom_code=not kind.__module__.startswith("transformers."),
+                path=self.hub_model_id or (run / checkpoint.FINAL).as_posix(),
+                mask=getattr(processor, "mask_token", None),
+            )
+            given = inspect.signature(Trainer.create_model_card).bind(self, *args, **kwargs).arguments
+            known = inspect.signature(model_card.add_metadata).parameters
+            card = model_card.add_metadata(card, **{key: value for key, value in given.items() if key in known})
             checkpoint.write_whole(Path(self.args.output_dir, "README.md"), card)
 
     @contextlib.contextmanager
@@ -455,16 +520,14 @@ class PerforatedTrainer(Trainer):
         finally:
             self.args.output_dir = run_folder
 
-    @contextlib.contextmanager
-    def _whole_final_folder(self):
-        """Write `final/` whole or not at all: under another name first."""
-        final = self.run_folder / checkpoint.FINAL
-        unfinished = final.with_name(f"{checkpoint.FINAL}.unfinished")
-        checkpoint.remove_model(unfinished)
+    def _write_final(self, **metadata):
+        """Write the model and its card into `final/`, whole or not at all: under another name first."""
+        folder, unfinished = self.run_folder, self.run_folder / f"{checkpoint.FINAL}.unfinished"
+        checkpoint.begin(unfinished)
         with self._output_dir(unfinished):
-            yield
-        checkpoint.remove_model(final)
-        unfinished.replace(final)
+            self.save_model(_internal_call=True)
+            self.create_model_card(**metadata)
+        checkpoint.publish(unfinished, folder)
 
     # --------------------------------------------------------------------------------------------------------- the Hub
 
@@ -473,6 +536,8 @@ class PerforatedTrainer(Trainer):
         if self.hub_model_id is None:
             self.init_hf_repo(token=kwargs.get("token"), private=kwargs.get("private"))
         kwargs.setdefault("model_name", (self.args.hub_model_id or run_name(self.args)).split("/")[-1])
+        if self.args.should_save:
+            self._write_final()  # files that an older model left there must not be uploaded with it
         with self._output_dir(self.run_folder / checkpoint.FINAL):
             return super().push_to_hub(*args, **kwargs)
 
@@ -495,18 +560,3 @@ def _without_aliases(model: PreTrainedModel) -> dict:
         seen.add(tensor.data_ptr())
         weights[name] = tensor.clone() if alias else tensor
     return weights
-
-
-@contextlib.contextmanager
-def _writing(folder: Path):
-    """Around the writing of files: a full disk and the like become one line."""
-    try:
-        yield
-    except (OSError, safetensors.SafetensorError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):  # torch.save on a full disk
-            raise
-        raise PerforatedError(
-            f"{folder} cannot be written: {error}. Earlier checkpoints are still good: go on with "
-            "--resume_from_checkpoint true",
-            exit_status=1,
-        ) from error

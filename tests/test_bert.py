@@ -104,8 +104,11 @@ assert decoder and all(p is model.get_input_embeddings().weight for p in decoder
 print(sum(p.numel() for p in model.parameters()), len(AutoTokenizer.from_pretrained("run/final")))
 """
     card = (folder / "run" / "final" / "README.md").read_text()
-    (lines,) = re.findall("```python\n(.*?)```", card, re.DOTALL)  # as the card says, from the model's folder
-    code += f"import os\nos.chdir('run/final')\n{lines}\nprint(model.model.num_parameters(), len(model.tokenizer))\n"
+    lines = re.findall("```python\n(.*?)```", card, re.DOTALL)  # as the card says, from the folder of the run
+    code += "\n".join(
+        [lines[0].replace("print(", "("), "print(model.model.num_parameters(), len(model.tokenizer))", ""]
+    )
+    code += lines[-1]
     done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     final = results(folder)["final"]

@@ -176,6 +176,19 @@ def test_a_capacity_test_ends_with_three_dendrites():
     assert trainer.stopped_by == "tracker" and trainer.num_dendrites >= 2
 
 
+def test_a_control_has_the_same_schedule():
+    rates, changes = (Rates(), Rates()), {"max_steps": 5, "save_strategy": "no"}
+    settings = {"max_dendrites": 1, "max_dendrite_tries": 1, "dendrite_learning_rate_factor": 0.25}
+    trainer = trainer_for(arguments(**changes), [rates[0]], **settings)
+    trainer.train()
+    trainer.save_results({"name": "texts"})
+    args = arguments(**changes, output_dir="control")
+    control = trainer_for(args, [rates[1]], control_of="run", **settings)
+    control.train()
+    assert control.num_dendrites == 0 and control.state.global_step == trainer.state.global_step > 5
+    assert rates[0].rates == rates[1].rates
+
+
 # ------------------------------------------------------------------------------------------------- killed and resumed
 
 FACTOR = {"dendrite_learning_rate_factor": 0.25, "max_dendrites": 1, "max_dendrite_tries": 1}
@@ -221,7 +234,7 @@ def test_killed_in_the_second_cycle_and_resumed(changes, kill):
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     newest = checkpoint.find(True, Path("run"), print)
-    assert json.loads((newest / checkpoint.MANIFEST).read_text())["cycle_start"] > 0
+    assert json.loads((newest / checkpoint.MANIFEST).read_text())["restarts"]
     trainer = trainer_for(arguments(**changes), **FACTOR)
     trainer.train(resume_from_checkpoint=True)
     trainer.save_results({"name": "texts"})

@@ -56,7 +56,7 @@ class TrainedOnce(TrainerCallback):
         assert sorted(trained) == sorted(id(p) for p in model.parameters() if p.requires_grad)
 
 
-def trainer_for(name, model, resume=None, max_steps=4, **settings):
+def trainer_for(name, model, resume=None, max_steps=4, training=None, **settings):
     args = TrainingArguments(
         output_dir="PAI",
         use_cpu=True,
@@ -70,6 +70,7 @@ def trainer_for(name, model, resume=None, max_steps=4, **settings):
         greater_is_better=False,
         resume_from_checkpoint=resume,
         report_to="none",
+        **(training or {}),
     )
     model = perforate(model, DendriteArguments(testing_dendrite_capacity=True, **settings), args)
     rows = models.rows(name)

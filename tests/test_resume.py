@@ -152,7 +152,7 @@ def test_a_damaged_checkpoint_is_refused_or_skipped(script, small, begun, capfd,
 
 def test_an_unfinished_or_foreign_checkpoint_is_refused(script, small, begun, tmp_path, capfd):
     newest = sorted_checkpoints(begun)[-1]
-    (newest / "perforated.json").unlink()
+    (newest / "perforated.json").rename(newest / "perforated.json.unfinished")
     assert script([*small, "--resume_from_checkpoint", f"run/{newest.name}"]) == 2
     assert "is unfinished, or no checkpoint of a run with dendrites" in capfd.readouterr().err
     assert script([*small, *RESUME, "--max_steps", "30"]) == 0
@@ -184,7 +184,7 @@ def test_a_malicious_pickle_does_not_run(script, small, begun, capfd, name):
     assert not (begun / "it-ran").exists()
 
 
-FILES = "training.pt best_model.safetensors config.json model.dendrites.safetensors optimizer.pt".split()
+FILES = "training.pt best_model.safetensors config.json model.safetensors optimizer.pt".split()
 FILES += ["scheduler.pt", "rng_state.pth", "trainer_state.json", "perforated.json.unfinished"]
 
 
@@ -222,6 +222,7 @@ def test_a_write_that_fails(script, small, begun, capfd, monkeypatch, name, code
 def test_after_a_write_failed_the_run_goes_on_as_if_it_had_not(finished, begun, small, script):
     unfinished = begun / "run" / "checkpoint-35"
     unfinished.mkdir()
+    (unfinished / "perforated.json.unfinished").touch()
     (unfinished / "training.safetensors").write_bytes(b"half")
     kills.run_to_end(begun, *RESUME)
     assert kills.outcome(begun) == kills.outcome(finished)

@@ -89,10 +89,8 @@ def test_plot_and_model_card(finished):
     card = (finished / "run" / "final" / "README.md").read_text()
     final = results(finished)["final"]
     assert f"{final['test_accuracy']:.4f}" in card
-    (code,) = re.findall("```python\n(.*?)```", card, re.DOTALL)
-    assert python(f"{code}\nprint(model.num_parameters())", finished / "run" / "final").split() == [
-        str(final["parameters"])
-    ]
+    code = re.findall("```python\n(.*?)```", card, re.DOTALL)[-1]  # the network itself; test_deploy has the pipeline
+    assert python(f"{code}\nprint(model.num_parameters())", finished).split() == [str(final["parameters"])]
 
 
 def test_tensorboard_has_dendrites_and_parameters(finished):
@@ -136,12 +134,12 @@ def test_reload_gives_the_trained_logits_to_the_last_bit(script, small, tmp_path
 
     trainers = []
 
-    class Remembering(module.PerforatedTrainer):
+    class Remembering(module.AugmentingTrainer):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             trainers.append(self)
 
-    monkeypatch.setattr(module, "PerforatedTrainer", Remembering)
+    monkeypatch.setattr(module, "AugmentingTrainer", Remembering)
     assert script([*small, *flags.split()]) == 0
     assert trainers[0].num_dendrites == (3 if "capacity" in flags else int(flags[-1]))
     model, test = trainers[0].model.eval(), trainers[0].test_dataset
@@ -189,7 +187,18 @@ def test_capacity(script, tmp_path, capsys):
     assert "test of dendrite capacity" in output and re.search(r"Largest memory in use: [\d,]+ MiB", output)
 
 
-@pytest.mark.parametrize(("flags", "steps"), [("", 500), ("--testing_dendrite_capacity", 10), ("--eval_steps 7", 7)])
+def test_augmentation(monkeypatch):
+    from mnist_huggingface_perforatedai import augment
+
+    images = torch.rand(50, 1, 28, 28)
+    first, second = augment(images), augment(images[:1].expand(50, -1, -1, -1))
+    assert first.shape == images.shape and first.min() >= 0 and first.max() <= 1
+    assert len({image.sum().item() for image in second}) == 50  # a draw for each image
+    monkeypatch.setattr(torch, "rand", lambda *size, **kwargs: torch.full(size, 0.5))
+    torch.testing.assert_close(augment(images), images, atol=1e-4, rtol=0)  # no turn, no shift
+
+
+@pytest.mark.parametrize(("flags", "steps"), [("", 150), ("--testing_dendrite_capacity", 10), ("--eval_steps 7", 7)])
 def test_default_evaluation_steps(flags, steps):
     from mnist_huggingface_perforatedai import TRAINING_DEFAULTS
     from perforated_trainer import DendriteArguments, parse_arguments
