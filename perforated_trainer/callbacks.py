@@ -31,7 +31,7 @@ class ProgressCallback(TrainerCallback):
     of a million epochs.
     """
 
-    def __init__(self, score_name: str, greater_is_better: bool, patience: int):
+    def __init__(self, score_name: str, greater_is_better: bool, patience: int | None):
         self.score_name, self.greater_is_better, self.patience = score_name, greater_is_better, patience
         self.bar, self.last_line = None, 0.0
 
@@ -59,7 +59,10 @@ class ProgressCallback(TrainerCallback):
         shown |= {f"best {report.unit(self.score_name)}": f"{best[self.score_name]:.4f}"}
         words = [f"{name} {value}" for name, value in shown.items()]
         words.append(report.count(rows[-1]["dendrites"], "dendrite"))
-        words.append(f"{since} of {self.patience} evaluations without a better score")
+        if self.patience is None:
+            words.append(f"cycle ends at step {state.max_steps:,}")
+        else:
+            words.append(f"{since} of {self.patience} evaluations without a better score")
         self.bar.set_description_str(", ".join(words))
         if self.bar.disable and not args.disable_tqdm and time.monotonic() - self.last_line > 15:
             self.last_line = time.monotonic()

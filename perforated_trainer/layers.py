@@ -359,6 +359,37 @@ def split_dendrites(layer) -> tuple[list[nn.Module], list[torch.Tensor], torch.T
     return dendrites, list(rows), to_output
 
 
+def join(model, name, norm) -> nn.Module:
+    """Make one block, an `nn.Sequential`, of a module and the normalisation that follows it, in place of the module.
+
+    An `nn.Identity` takes the place of the normalisation, so that the code of the model computes the same.
+
+    Args:
+        name (`str`): Of the module.
+        norm (`str`): Name of the normalisation, without that of their common parent.
+
+    ValueError where there are no such modules.
+    """
+    parent, _, own = name.rpartition(".")
+    parent = model.get_submodule(parent)
+    children = dict(parent.named_children())
+    if own not in children or norm not in children or own == norm:
+        raise ValueError(f"There are no modules {own!r} and {norm!r} to join")
+    block = nn.Sequential(children[own], children[norm])
+    block.joined_norm = norm
+    setattr(parent, own, block)
+    setattr(parent, norm, nn.Identity())
+    return block
+
+
+def separate(model, name) -> None:
+    """The reverse of `join`, for a block without dendrites."""
+    parent, _, own = name.rpartition(".")
+    parent, block = model.get_submodule(parent), model.get_submodule(name)
+    setattr(parent, own, block[0])
+    setattr(parent, block.joined_norm, block[1])
+
+
 # ------------------------------------------------------------------------------------------------ saving and loading
 
 
@@ -367,7 +398,7 @@ class DendriteConfig(QuantizationConfigMixin):
 
     Args:
         layers (`dict`): Name of a module: its number of dendrites, or `{"dendrites": , "dim": , "neurons": }` for a
-            module that is not `can_fuse`.
+            module that is not `can_fuse`; "norm" too where the module was joined with the normalisation of that name.
         activation (`str`): A name in `ACTIVATIONS`.
         weights (`str`): The file of the weights, or their index.
         format (`int`): Version of this layout.
@@ -425,7 +456,10 @@ class DendriteQuantizer(HfQuantizer):
             if not names:
                 raise ValueError(f"config.json gives dendrites to {name!r}, which {type(model).__name__} does not have")
             try:
-                add_dendrites(modules[names[0]], **self.quantization_config.arguments(name))
+                value, module = self.quantization_config.layers[name], modules[names[0]]
+                if isinstance(value, dict) and "norm" in value:
+                    module = join(model, names[0], value["norm"])
+                add_dendrites(module, **self.quantization_config.arguments(name))
             except ValueError as error:
                 raise ValueError(f"config.json, dendrites of {name!r}: {error}") from None
         self._shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
@@ -503,6 +537,8 @@ def _config(model, weights=WEIGHTS):
         layers[name] = (
             count if can_fuse(module) else {"dendrites": count, "dim": module.dendrite_dim, "neurons": neurons}
         )
+        if (norm := getattr(module, "joined_norm", None)) is not None:
+            layers[name]["norm"] = norm
         activations.add(module.dendrite_activation)
     if len(activations) > 1:
         raise ValueError(

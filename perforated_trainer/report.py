@@ -117,7 +117,7 @@ def table(rows: list[dict]) -> str:
 def no_dendrite_can_come(dendrite_args: DendriteArguments, args: TrainingArguments, train_dataset) -> str | None:
     """A warning for settings by which a run is sure to end without a dendrite, where the sizes are known."""
     steps = args.max_steps
-    if not dendrite_args.doing_pai or dendrite_args.testing_dendrite_capacity:
+    if not dendrite_args.doing_pai or dendrite_args.testing_dendrite_capacity or dendrite_args.switch_mode == "fixed":
         return None
     if steps <= 0 and hasattr(train_dataset, "__len__"):
         batches = math.ceil(len(train_dataset) / (args.train_batch_size * args.world_size))
@@ -144,6 +144,8 @@ def no_dendrite_came(dendrite_args: DendriteArguments, log_history: list[dict], 
     if not dendrite_args.doing_pai or any(row["dendrites"] for row in rows):
         return None
     reason = f"one is added after {dendrite_args.n_epochs_to_switch} without a better score (--n_epochs_to_switch)"
+    if dendrite_args.switch_mode == "fixed":
+        reason = "one is added at the end of a cycle"
     if not dendrite_args.max_dendrites:
         reason = "--max_dendrites is 0"
     return f"warning: this run ended without a single dendrite: {count(len(rows), 'evaluation')} in all, and {reason}"

@@ -26,7 +26,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from . import layers
+from . import layers, price
 from ._compat import shared_tensors_ignored
 from .arguments import DendriteArguments, PerforatedError
 
@@ -187,6 +187,7 @@ class DendriteTracker:
 
     Attributes:
         folder: the run folder, absolute; set when a run begins, before that nothing is written.
+        table: what gets dendrites and what they cost, in words.
 
     Raises PerforatedError where the library stops.
     """
@@ -206,8 +207,8 @@ class DendriteTracker:
         greater_is_better: bool,
         device: torch.device,
     ):
-        self.model, self.args, self.folder = model, args, None
-        threshold = args.improvement_threshold
+        self.model, self.args, self.folder, self.table = model, args, None, ""
+        threshold, fixed = args.improvement_threshold, args.switch_mode == "fixed"
         for setting in "configuration_confirmed unwrapped_modules_confirmed weight_decay_accepted silent".split():
             getattr(GPA.pc, f"set_{setting}")(True)  # never ask on standard input
         for setting in "verbose find_best_lr test_saves pai_saves retain_all_dendrites".split():
@@ -226,9 +227,14 @@ class DendriteTracker:
             "module_ids_to_perforate": [f".{name}" for name in module_ids],
             "module_names_to_perforate": [],  # all are named one by one
             "module_names_to_not_save": [],
+            # With 0 the library takes the very first score for no best one; a cycle may have no other.
+            "initial_history_after_switches": -1 if fixed else 0,
+            "improvement_threshold_raw": args.improvement_threshold_raw,
+            "pai_forward_function": layers.ACTIVATIONS[args.dendrite_activation],
+            "candidate_weight_initialization_multiplier": args.dendrite_init_scale,
             # A capacity test changes these two, and retain_all_dendrites: a later call here must not inherit them.
-            "switch_mode": GPA.pc.DOING_HISTORY,
-            "max_dendrite_tries": 2,
+            "switch_mode": GPA.pc.DOING_NO_SWITCH if fixed else GPA.pc.DOING_HISTORY,
+            "max_dendrite_tries": args.max_dendrite_tries,
         }
         for setting, value in settings.items():
             getattr(GPA.pc, f"set_{setting}")(value)
@@ -332,21 +338,37 @@ class DendriteTracker:
         modules = self._open_modules  # in each, the first gradient sets out_channels
         return [m.name[1:] for m in modules if m.dendrite_module.dendrite_values[0].out_channels == -1]
 
-    def add_score(self, score: float, extra: dict[str, float], test: dict[str, float], step: int) -> Decision:
+    def size_with_one_more(self) -> int:
+        """Number of parameters of the network with one dendrite more on each layer, after a training step."""
+        parts = [(m.main_module, m.dendrite_module.dendrite_values[0].out_channels) for m in self._open_modules]
+        prices = [(sum(p.numel() for p in layer.parameters()), neurons) for layer, neurons in parts]
+        return price.sizes(self.num_parameters, prices, self.num_dendrites, 1)[-1]
+
+    def add_score(
+        self, score: float, extra: dict[str, float], test: dict[str, float], step: int, end_of_cycle: bool = False
+    ) -> Decision:
         """Give a validation score to the library, which may restructure the network.
 
         Args:
             score: of the metric that decides.
             extra, test: further values by name, for the library's graphs.
             step: at which the score was measured; only a control decides by it.
+            end_of_cycle: end the cycle whatever the score.
         """
         tracker = GPA.pai_tracker
+        tracker.member_vars["switch_mode"] = GPA.pc.get_switch_mode()  # a network that is loaded brings its own
+        if self.args.switch_mode == "fixed" and not tracker.member_vars["running_accuracy"]:
+            tracker.member_vars["running_accuracy"] = score  # else the first mean of a cycle is one with 0
+        if self.args.max_parameters:
+            fits = self.size_with_one_more() <= self.args.max_parameters
+            added = tracker.member_vars["num_dendrites_added"]
+            GPA.pc.set_max_dendrites(self.args.max_dendrites if fits else min(self.args.max_dendrites, added))
         with self._open():
             for name, value in extra.items():
                 tracker.add_extra_score(value, name)
             for name, value in test.items():
                 tracker.add_test_score(value, name)
-            _, restructured, complete = tracker.add_validation_score(score, self.model)
+            _, restructured, complete = tracker.add_validation_score(score, self.model, force_switch=end_of_cycle)
         if complete:
             return Decision.COMPLETE
         return Decision.RESTRUCTURED if restructured else Decision.CONTINUE
@@ -424,5 +446,8 @@ class DendriteTracker:
         for module in UPA.get_tracked_modules(self.model, 0):
             memo[id(module)] = copy.deepcopy(module.main_module, memo)
         model = copy.deepcopy(self.model, memo)
+        for module in self._open_modules:
+            if hasattr(module.main_module, "joined_norm") and not module.dendrite_modules_added:
+                layers.separate(model, module.name[1:])  # its weights then have the names of a stock model
         del model.tracker_string
         return layers.make_dendritic(model)

@@ -33,7 +33,7 @@ from transformers import ProgressCallback as StockProgressCallback
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
-from . import _compat, checkpoint, model_card, plot, report
+from . import _compat, checkpoint, model_card, plot, report, schedule
 from .arguments import DendriteArguments, PerforatedError, check_arguments, compared_settings, is_resumed, run_name
 from .callbacks import (
     FiniteLossCallback,
@@ -85,12 +85,16 @@ class PerforatedTrainer(Trainer):
         # What comes into an empty folder before the training, such as scores of the model as it was, is of this run.
         self._was_free = not self.run_folder.is_dir() or not any(self.run_folder.iterdir())
         self._stop_was_asked = False
+        self._fixed = self.dendrite_args.switch_mode == "fixed"
         self.test_metrics, self.restarts, self._data = {}, [], None
         self.stop_signal = StopSignalCallback()
         for callback in (StockProgressCallback, PrinterCallback):
             self.remove_callback(callback)
         greater = self.args.greater_is_better
-        self.progress = ProgressCallback(self.score_name, greater, self.dendrite_args.n_epochs_to_switch)
+        patience = None if self._fixed else self.dendrite_args.n_epochs_to_switch
+        self.progress = ProgressCallback(self.score_name, greater, patience)
+        if self._fixed:
+            self.add_callback(schedule.CycleEndCallback())
         for callback in (
             self.stop_signal,
             LogBeforeSaveCallback(),
@@ -140,6 +144,10 @@ class PerforatedTrainer(Trainer):
         self._claim(resumed)
         if not start and (warning := report.no_dendrite_can_come(self.dendrite_args, self.args, self.train_dataset)):
             say(warning)
+        if not start and (explanation := schedule.explanation(self.dendrite_args, self.args)):
+            say(explanation)
+        if self.dendrite_args.doing_pai:
+            say(self.tracker.table)
         try:
             with self.stop_signal:
                 while True:
@@ -149,7 +157,8 @@ class PerforatedTrainer(Trainer):
                         self._name_other_settings(manifest["settings"], start.name)
                         self.train_seconds, complete = manifest["train_seconds"], manifest["complete"]
                         self.restarts = manifest["restarts"]
-                    if complete or (start and 0 < self.args.max_steps <= self._step_of(start)):
+                    over = start and not self._fixed and 0 < self.args.max_steps <= self._step_of(start)
+                    if complete or over:
                         self._load_from_checkpoint(str(start))
                         self.state = TrainerState.load_from_json(str(start / "trainer_state.json"))
                         break
@@ -215,8 +224,14 @@ class PerforatedTrainer(Trainer):
             losses = [entry["loss"] for entry in self.state.log_history[-9:] if "loss" in entry]
             extra = {"train loss": losses[-1]} if losses and math.isfinite(losses[-1]) else {}
             test = {f"test {name}": value for name, value in self.test_metrics.items() if name == f"test_{unit}"}
+            step = self.state.global_step
+            ends = self._fixed and step >= self.state.max_steps
+            limit = self.dendrite_args.doing_pai and self.dendrite_args.max_parameters
+            size = self.tracker.size_with_one_more() if limit else 0
             with self._in_one_line("the best model so far"):
-                decision = self.tracker.add_score(score, extra, test, self.state.global_step)
+                decision = self.tracker.add_score(score, extra, test, step, end_of_cycle=ends)
+            if decision is Decision.COMPLETE and limit and size > limit:
+                say(f"one dendrite more would make {size:,} parameters, --max_parameters is {limit:,}: none is added")
             if decision is Decision.RESTRUCTURED:
                 rows = report.scores(self.state.log_history, self.score_name)
                 best = report.best(rows, self.score_name, self.args.greater_is_better)[self.score_name]
@@ -254,9 +269,26 @@ class PerforatedTrainer(Trainer):
 
     def create_optimizer(self, *args, **kwargs):
         """As `Trainer.create_optimizer`; the library is told of the new optimizer."""
+        is_new = self.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)
+        if is_new and (self.num_dendrites or self.restarts):  # a control has no dendrites
+            schedule.scale(optimizer, self.dendrite_args.dendrite_learning_rate_factor)
         self.tracker.set_optimizer(optimizer)
         return optimizer
+
+    @property
+    def _cycle_start(self) -> int:
+        """The global step at which the running cycle began."""
+        return self.restarts[-1] if self.restarts else 0
+
+    def set_initial_training_values(self, *args, **kwargs):
+        """As in `Trainer`; with `--switch_mode fixed` the numbers are those of the running cycle."""
+        values = super().set_initial_training_values(*args, **kwargs)
+        return schedule.of_one_cycle(values, self._cycle_start) if self._fixed else values
+
+    def create_scheduler(self, num_training_steps, *args, **kwargs):
+        """As in `Trainer`; with `--switch_mode fixed` it is a schedule for one cycle."""
+        return super().create_scheduler(num_training_steps - self._fixed * self._cycle_start, *args, **kwargs)
 
     def floating_point_ops(self, inputs):
         """As `Trainer.floating_point_ops`, but without counting the parameters anew at each step."""
