@@ -124,19 +124,21 @@ def check_table(records, printed):
 
 
 @pytest.mark.parametrize(
-    "command",
+    "command, file",
     [
-        ["dendrites.py", "--table", "--data_dir", "mnist"],
-        ["dendrites.py", "--table"],
-        ["search.py", "--table"],
-        ["bert.py"],
+        (["dendrites.py", "--table", "--data_dir", "mnist"], "dendrites.jsonl"),
+        (["dendrites.py", "--table", "--first_run"], "first_run.jsonl"),
+        (["search.py", "--table"], "search.jsonl"),
+        (["bert.py"], "bert.jsonl"),
     ],
 )
-def test_the_readme_shows_what_is_recorded(command):
-    """Each row that is computed from the records, and each comparison, stands in README as it is printed."""
+def test_the_pages_show_what_is_recorded(command, file):
+    """Each row that is computed from the records, and each comparison, stands in README or docs as it is printed."""
+    if not (RESULTS.parent / file).is_file():
+        pytest.skip(f"no {file} is recorded")
     records = {path: path.read_bytes() for path in RESULTS.parent.iterdir()}
     printed = [line for line in call(*command).splitlines() if line.startswith(("| ", "test error with"))]
     assert len(printed) > 3
-    readme = (ROOT / "README.md").read_text().splitlines()
-    assert [line for line in printed if line not in readme and f"- {line}" not in readme] == []
+    pages = [line for page in (ROOT / "README.md", *ROOT.glob("docs/*.md")) for line in page.read_text().splitlines()]
+    assert [line for line in printed if line not in pages and f"- {line}" not in pages] == []
     assert {path: path.read_bytes() for path in RESULTS.parent.iterdir()} == records
