@@ -30,7 +30,7 @@ def perforate(
 
     Raises PerforatedError for settings that cannot work.
     """
-    if not isinstance(model, PreTrainedModel) or model._hf_peft_config_loaded:
+    if not isinstance(model, PreTrainedModel) or _compat.has_adapters(model):
         raise PerforatedError(
             f"{type(model).__name__}: a PreTrainedModel is needed whose save_pretrained writes all of it. To train "
             "adapters, put them in with peft.inject_adapter_in_model, in the __init__ of a model class of your own"
