@@ -79,6 +79,11 @@ def claim(folder: Path, command: str, token: str, overwrite: bool = False, resum
     write_whole(folder / RUN, json.dumps({"command": command, "token": token}) + "\n")
 
 
+def release(folder: Path) -> None:
+    """Undo `claim` where the run cannot start after all: the folder is free for the next try."""
+    (folder / RUN).unlink(missing_ok=True)
+
+
 def holds_token(folder: Path, token: str) -> bool:
     """Whether `folder` was claimed with this token, as this process sees it."""
     try:
