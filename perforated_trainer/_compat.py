@@ -67,6 +67,15 @@ def use_one_gpu(args: TrainingArguments) -> None:
     args._n_gpu = 1
 
 
+def has_adapters(model: torch.nn.Module) -> bool:
+    """Whether `model.add_adapter` or `load_adapter` has put adapters in.
+
+    Library: transformers 5.5 to 5.23, `PreTrainedModel._hf_peft_config_loaded`. Why: the public `active_adapters` needs
+    peft and raises where there are none. Can go when there is a public way to ask.
+    """
+    return model._hf_peft_config_loaded
+
+
 def forget_preparation(model: torch.nn.Module) -> None:
     """Make accelerate wrap a model for several processes that it has seen before.
 

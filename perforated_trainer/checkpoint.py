@@ -88,6 +88,11 @@ def claim(
     _write_record(folder, _record(folder) | {"command": command, "token": token})
 
 
+def release(folder: Path) -> None:
+    """Undo `claim` where the run cannot start after all: the folder is free for the next try."""
+    (folder / RUN).unlink(missing_ok=True)
+
+
 def holds_token(folder: Path, token: str) -> bool:
     """Whether `folder` was claimed with this token, as this process sees it."""
     return _record(folder).get("token") == token

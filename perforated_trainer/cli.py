@@ -37,7 +37,7 @@ def run_script(run: Callable[[list[str] | None], int], argv: list[str] | None = 
     finally:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-    if main_process():
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # one line for each machine
         print(f"{'' if status > 128 else 'error: '}{message}", file=sys.stderr)
     return status
 

@@ -40,7 +40,7 @@ def perforate(
     Raises PerforatedError for settings that cannot work.
     """
     refuse_other_variant()
-    if not isinstance(model, PreTrainedModel) or model._hf_peft_config_loaded:
+    if not isinstance(model, PreTrainedModel) or _compat.has_adapters(model):
         raise PerforatedError(
             f"{type(model).__name__}: a PreTrainedModel is needed whose save_pretrained writes all of it. Adapters of "
             "peft: merge them before, model = model.merge_and_unload(), or give them dendrites too: put them in with "

@@ -4,7 +4,7 @@ The library has one tracker per process, so there is one `DendriteTracker` at a 
 `perforatedai` of the run. Between its calls, what only a restructure needs is not registered in the network: optimizer,
 wrappers and each step then see the layers and their dendrites alone.
 
-Written for perforatedai 3.2.9. `tests/test_tracker.py` fails when a private name that is used here changes.
+Written for perforatedai 3.2.9. `tests/test_compat.py` fails when a private name that is used here changes.
 """
 
 import contextlib

@@ -205,6 +205,8 @@ class PerforatedTrainer(Trainer):
             raise PerforatedError(error)
         seen = gather_object([checkpoint.holds_token(self.run_folder, token)])
         if not all(seen):
+            if self.is_world_process_zero() and not resumed:
+                checkpoint.release(self.run_folder)
             raise PerforatedError(
                 f"{self.run_folder} is not the same folder for all processes: on several machines, --output_dir must "
                 "be on a disk that they share"

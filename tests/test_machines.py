@@ -1,0 +1,114 @@
+"""Several processes without a GPU, and several machines: they train, or stop in one line before anything is written."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import kills
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+SCRIPT = ROOT / "mnist_huggingface_perforatedai.py"
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(torch.accelerator.is_available(), reason="is about machines without a GPU"),
+]
+PLAIN = """
+from transformers import TrainingArguments
+import mnist_huggingface_perforatedai as mnist
+from perforated_trainer import DendriteArguments, PerforatedTrainer, run_script
+
+def run(argv):
+    args = TrainingArguments(
+        output_dir="run", eval_strategy="steps", metric_for_best_model="accuracy", report_to="none"
+    )
+    model = mnist.MnistCnnForImageClassification(mnist.MnistCnnConfig())
+    PerforatedTrainer(model=model, args=args, eval_dataset=[0], dendrite_args=DendriteArguments())
+    raise AssertionError("this must not be reached")
+
+raise SystemExit(run_script(run))
+"""
+
+
+@pytest.fixture
+def start():
+    """Start commands; what is still running at the end of the test is ended."""
+    started = []
+
+    def start(command, folder, **environment):
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"} | environment
+        process = subprocess.Popen(
+            [sys.executable, *map(str, command)],
+            cwd=folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+            start_new_session=True,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def torchrun(*command):
+    return ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *command]
+
+
+def errors(text):
+    """Our lines of an output. torch's launcher adds pages of its own, with a traceback, where a process fails."""
+    return [line for line in text.splitlines() if line.startswith("error: ")]
+
+
+def test_the_script_trains_on_gloo_without_a_flag(start, tmp_path):
+    """No `--use_cpu`: the command line sets it."""
+    process = start(torchrun(SCRIPT, *kills.FLAGS, "--max_steps", "10"), tmp_path)
+    out, err = process.communicate(timeout=400)
+    assert process.returncode == 0, err
+    assert out.count("final: ") == 1, "one run, not two"
+    assert (tmp_path / "run" / "results.json").is_file()
+    assert "Traceback" not in err and "process group" not in err
+
+
+def test_a_trainer_without_use_cpu_stops_before_anything_is_written(start, tmp_path):
+    """The Trainer takes the processes for separate runs; they would race for one folder."""
+    (tmp_path / "plain.py").write_text(PLAIN)
+    process = start(torchrun("plain.py"), tmp_path)
+    _, err = process.communicate(timeout=400)
+    assert process.returncode != 0
+    (line,) = errors(err)
+    assert "--use_cpu" in line
+    assert "must not be reached" not in err
+    assert not (tmp_path / "run" / "run.json").exists() and not any(tmp_path.glob("run/*"))
+
+
+def test_machines_that_share_no_disk_stop_in_one_line(start, tmp_path):
+    """Two processes with current folders of their own are such machines, as output_dir is relative."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    processes = []
+    for rank in ("0", "1"):
+        folder = tmp_path / rank
+        folder.mkdir()
+        machine = {"RANK": rank, "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}
+        machine |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        processes.append(start([SCRIPT, *kills.FLAGS], folder, **machine))
+    outputs = [process.communicate(timeout=400) for process in processes]
+    assert [process.returncode for process in processes] == [2, 2], outputs
+    for _, err in outputs:
+        (line,) = errors(err)
+        assert "not the same folder for all processes" in line
+        assert "Traceback" not in err
+    for rank in ("0", "1"):
+        assert not list((tmp_path / rank).glob("run/checkpoint-*"))
+    assert not (tmp_path / "0" / "run" / "run.json").exists(), "the folder is free for the next try"
