@@ -288,3 +288,8 @@ def rotate(output_dir: Path, limit: int | None) -> None:
     complete = sorted(output_dir.glob(f"checkpoint-*/{MANIFEST}"), key=os.path.getmtime)
     for old in complete[:-limit] if limit else []:
         discard(old.parent)
+
+
+def step_of(folder: Path) -> int:
+    """The training step at which a checkpoint was written."""
+    return json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]

@@ -13,7 +13,7 @@ import numpy as np
 from transformers import EvalPrediction, Trainer
 from transformers.utils import logging
 
-from . import report
+from . import _compat, report
 
 RESAMPLES = 500
 SEED = 0  # of the resampling: a verdict can be repeated to the last digit
@@ -143,8 +143,7 @@ def _other_model(trainer, model):
         yield
     finally:
         trainer.model, trainer.model_wrapped = before
-        models = trainer.accelerator._models  # accelerate would keep the model in memory, and in its checkpoints
-        models[:] = [kept for kept in models if kept is not prepared]
+        _compat.forget_model(trainer.accelerator, prepared)
 
 
 # --------------------------------------------------------------------------------------------------------- the interval
