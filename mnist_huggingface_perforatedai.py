@@ -65,9 +65,9 @@ logger = logging.get_logger(__name__)
 TRAINING_DEFAULTS = {
     "num_train_epochs": 1_000_000,  # practically endless: the tracker says when training is complete
     "eval_strategy": "steps",
-    "eval_steps": 150,  # 10 with --testing_dendrite_capacity
-    "logging_steps": 150,
-    "save_steps": 1500,  # a kill costs at most half a minute
+    "eval_steps": 300,  # 10 with --testing_dendrite_capacity
+    "logging_steps": 300,
+    "save_steps": 3000,  # a kill costs at most half a minute
     "save_total_limit": 2,
     "per_device_train_batch_size": 128,
     "per_device_eval_batch_size": 1000,
@@ -79,7 +79,7 @@ TRAINING_DEFAULTS = {
     "report_to": "none",
 }
 PLATEAU_DEFAULTS = {"factor": 0.3, "patience": 1}  # a patience below n_epochs_to_switch
-DENDRITE_DEFAULTS = {"save_name": "mnistHF", "n_epochs_to_switch": 5, "max_dendrites": 3}
+DENDRITE_DEFAULTS = {"save_name": "mnistHF", "n_epochs_to_switch": 3, "max_dendrites": 3}
 
 
 @dataclass

@@ -198,15 +198,15 @@ def test_augmentation(monkeypatch):
     torch.testing.assert_close(augment(images), images, atol=1e-4, rtol=0)  # no turn, no shift
 
 
-@pytest.mark.parametrize(("flags", "steps"), [("", 150), ("--testing_dendrite_capacity", 10), ("--eval_steps 7", 7)])
+@pytest.mark.parametrize(("flags", "steps"), [("", 300), ("--testing_dendrite_capacity", 10), ("--eval_steps 7", 7)])
 def test_default_evaluation_steps(flags, steps):
     from mnist_huggingface_perforatedai import TRAINING_DEFAULTS
     from perforated_trainer import DendriteArguments, parse_arguments
 
     kinds = (DendriteArguments, TrainingArguments)
     assert parse_arguments(kinds, flags.split(), TRAINING_DEFAULTS)[1].eval_steps == steps
-    given = [*flags.split(), "--testing_dendrite_capacity", "--eval_steps", "500"]
-    assert parse_arguments(kinds, given, TRAINING_DEFAULTS)[1].eval_steps == 500
+    given = [*flags.split(), "--testing_dendrite_capacity", "--eval_steps", "300"]
+    assert parse_arguments(kinds, given, TRAINING_DEFAULTS)[1].eval_steps == 300
 
 
 def test_max_steps_saves_the_best_model(script, small, tmp_path):
