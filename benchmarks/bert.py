@@ -66,7 +66,7 @@ def main() -> None:
     found = [run for run in runs if run["variant"] == "dendrites"]
     cycles = [cycle | {"validation_loss": cycle["best_validation"]} for run in found for cycle in run["cycles"]]
     for count in sorted({cycle["dendrites"] for cycle in cycles}):
-        print(row(f"{count} dendrites", [cycle for cycle in cycles if cycle["dendrites"] == count]))
+        print(row(f"{count} dendrite{'s' * (count != 1)}", [cycle for cycle in cycles if cycle["dendrites"] == count]))
     for variant, name in (("dendrites", "as saved, with dendrites"), ("wider", "wider, without dendrites")):
         found = [run["final"] | {"global_step": run["global_step"]} for run in runs if run["variant"] == variant]
         print(row(name, found))

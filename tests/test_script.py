@@ -418,37 +418,3 @@ def test_a_loss_that_is_not_finite_ends_the_run(script, small, tmp_path, capfd):
     error = capfd.readouterr().err.strip().splitlines()[-1]
     assert "became nan at step" in error or "became inf at step" in error
     assert not list((tmp_path / "broken").glob("checkpoint-*")), "no checkpoint of a broken network"
-
-
-def test_the_readmes_worked_case(tmp_path):
-    """README's case for another model runs as it stands, here with little data and few steps."""
-    readme = (ROOT / "README.md").read_text()
-    (case,) = re.findall(r"```python\n(from transformers import ResNet.*?)```", readme, re.DOTALL)
-    few = {
-        "DataArguments()": "DataArguments(max_train_samples=200, max_eval_samples=50)",
-        "num_train_epochs=1_000_000": "max_steps=20, use_cpu=True",
-        "eval_steps=500": "eval_steps=2",
-        "n_epochs_to_switch=5": "testing_dendrite_capacity=True",
-    }
-    for given, small in few.items():
-        assert case.count(given) == 1
-        case = case.replace(given, small)
-    case += "from perforated_trainer import load_perforated_model\n"
-    case += (
-        "load_perforated_model(ResNetForImageClassification, 'resnet/final')\nprint(trainer.num_dendrites, 'dendrites')"
-    )
-    output = python(case, tmp_path)
-    assert output.endswith("3 dendrites\n") and "model: resnet/final" in output
-    assert json.loads((tmp_path / "resnet" / "results.json").read_text())["final"]["dendrites"] == 3
-
-
-def test_the_readmes_table_is_that_of_the_stored_results():
-    readme, stored = (ROOT / "README.md").read_text(), ROOT / "benchmarks" / "results" / "mnist_seed42.json"
-    for cycle in json.loads(stored.read_text())["cycles"]:
-        errors = f"{1 - cycle['best_validation']:.2%} | {1 - cycle['test_accuracy']:.2%}"
-        assert f"| {cycle['dendrites']} | {cycle['parameters']:,} | {cycle['global_step']:,} | {errors} |" in readme
-    records = (ROOT / "benchmarks" / "results" / "dendrites.jsonl").read_text().splitlines()
-    runs = [run for run in map(json.loads, records) if (run["data"], run["group"], run["seed"]) == ("default", "a", 42)]
-    for cycle in runs[0]["cycles"]:  # what a run prints
-        row = f"{cycle['parameters']:,} +{cycle['global_step']:,} +{cycle['best_validation']:.4f}"
-        assert re.search(f"{row} +{cycle['test_accuracy']:.4f}", readme)
