@@ -12,7 +12,8 @@ from transformers.utils import logging
 from . import _compat, layers, patterns, price
 from .arguments import LAYER_TYPES, DendriteArguments, PerforatedError, check_arguments
 from .control import ControlTracker
-from .tracker import DendriteTracker, refuse_other_variant
+from .scaffold import refuse_other_variant
+from .tracker import DendriteTracker
 
 logger = logging.get_logger(__name__)
 

@@ -1,4 +1,4 @@
-"""The only room that speaks with perforatedai: settings and scores go in, a decision comes out, networks are kept.
+"""The tracker of perforatedai: settings and scores go in, a decision comes out, networks are kept and deployed.
 
 The library has one tracker per process, so there is one `DendriteTracker` at a time. Its files lie in the folder
 `perforatedai` of the run. Between its calls, what only a restructure needs is not registered in the network: optimizer,
@@ -10,15 +10,10 @@ Written for perforatedai 3.2.9. `tests/test_compat.py` fails when a private name
 import contextlib
 import copy
 import enum
-import io
-import pdb
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 
 import safetensors.torch
@@ -27,17 +22,8 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from . import layers, price
-from ._compat import shared_tensors_ignored
 from .arguments import DendriteArguments, PerforatedError
-
-# The paid package would change the training unseen where it can be imported, and asks for an e-mail address.
-PERFORATEDBP = "perforatedbp" not in sys.modules and find_spec("perforatedbp") is not None
-sys.modules.setdefault("perforatedbp", None)
-
-with contextlib.redirect_stdout(io.StringIO()):  # the package prints which variant it is when it is imported
-    from perforatedai import globals_perforatedai as GPA
-    from perforatedai import modules_perforatedai as MPA
-    from perforatedai import utils_perforatedai as UPA
+from .scaffold import GPA, UPA, close_layers, dendrites_of, grow, library, open_layers
 
 logger = logging.get_logger(__name__)
 
@@ -52,124 +38,6 @@ class Decision(enum.Enum):
     CONTINUE = "train on"
     RESTRUCTURED = "the network is another one: make optimizer, scheduler and wrapper anew"
     COMPLETE = "training is complete; the network is the best one"
-
-
-def _stop(*args, **kwargs):
-    raise SystemExit
-
-
-def refuse_other_variant() -> None:
-    """Raise PerforatedError where the paid package is installed."""
-    if PERFORATEDBP:
-        raise PerforatedError(
-            "the package perforatedbp is installed: it would change the training and is not supported here; use an "
-            "environment without it"
-        )
-
-
-@contextlib.contextmanager
-def _library(folder: Path) -> Iterator[None]:
-    """Around calls into perforatedai, which writes below the current folder. Where it prints an error and opens a
-    debugger or exits, that becomes a PerforatedError."""
-    heard, set_trace = io.StringIO(), pdb.set_trace
-    pdb.set_trace = _stop
-    try:
-        with contextlib.chdir(folder), contextlib.redirect_stdout(heard), shared_tensors_ignored():
-            yield
-    except SystemExit:
-        raise PerforatedError(
-            f"perforatedai stopped: {heard.getvalue()[-2000:].strip() or 'no reason given'}"
-        ) from None
-    finally:
-        pdb.set_trace = set_trace
-        logger.debug(heard.getvalue())
-
-
-# ----------------------------------------------------------------------------------------- a layer while it is trained
-
-_library_forward = MPA.PAINeuronModule.forward
-
-
-def _forward(self, *args, **kwargs):
-    """The library's layer with dendrites, by our formula where `layers` can do what it does, else by the library's."""
-    if (parts := self.__dict__.get("parts")) is None:
-        output = _library_forward(self, *args, **kwargs)
-    else:
-        main, dendrites, to_dendrites, to_output, how = parts
-        if dendrites:
-            output = layers.forward_with_dendrites(main, dendrites, to_dendrites, to_output, *args, **how, **kwargs)
-        else:
-            output = main(*args, **kwargs)
-        if not self._fb_init_done and isinstance(output, torch.Tensor) and output.requires_grad:
-            self._fb_hook_handle = output.register_hook(partial(_first_gradient, self))
-    if (check := self.__dict__.get("check_output")) is not None:
-        del self.__dict__["check_output"]
-        check(self, output)
-    return output
-
-
-def _first_gradient(module, gradient):
-    """The library learns the number of neurons from the first gradient of a layer."""
-    _filter_backward(gradient, module.dendrite_module.dendrite_values, module)
-
-
-def _filter_backward(gradient, values, module=None):
-    with _library(Path.cwd()):
-        _library_filter_backward(gradient, values, module)
-
-
-_library_filter_backward = MPA.filter_backward
-MPA.filter_backward = _filter_backward
-MPA.PAINeuronModule.forward = _forward
-
-# What is not needed while training: of a layer, and of its dendrites.
-_ORDER = ("main_module", "dendrites_to_top", "candidate_to_top", "dendrite_module")
-_DENDRITE_ORDER = ("layers", "parent_module", "dendrites_to_candidates", "dendrites_to_dendrites", "dendrite_values")
-_WITHOUT_DENDRITES = ("dendrites_to_top", "candidate_to_top", "dendrite_module")
-_WITH_DENDRITES = ("candidate_to_top",)
-_OF_DENDRITES = ("parent_module", "dendrites_to_candidates", "dendrite_values")
-
-
-def _dendrites_of(module) -> tuple[list, list, torch.Tensor | None]:
-    """The dendrites of a layer, the weights between them (a row for each but the first) and those to its output."""
-    number = module.dendrite_modules_added
-    if not number:
-        return [], [], None
-    between = list(module.dendrite_module.dendrites_to_dendrites)[1:]
-    return list(module.dendrite_module.layers), [None, *between], module.dendrites_to_top[number - 1]
-
-
-def _grow(module, dendrites: list, to_dendrites: list, to_output: torch.Tensor) -> None:
-    """Give a layer of the library dendrites that were trained before."""
-    shape = [1] * len(module.this_output_dimensions)
-    shape[int(module.this_node_index)] = to_output.shape[1]
-    module.dendrite_module.dendrite_values[0].setup_arrays(shape)
-    UPA.simulate_cycles(module, 2 * len(dendrites), doing_pai=True)
-    own, own_to_dendrites, own_to_output = _dendrites_of(module)
-    with torch.no_grad():
-        for mine, theirs in zip(own, dendrites, strict=True):
-            mine.load_state_dict(theirs.state_dict())
-        for mine, theirs in zip(own_to_dendrites[1:], to_dendrites[1:], strict=True):
-            mine.copy_(theirs)
-        own_to_output.copy_(to_output)
-
-
-def _unregister(module: torch.nn.Module, names: tuple[str, ...]) -> None:
-    for name in names:
-        if name in module._modules:
-            module.__dict__[name] = module._modules.pop(name)
-
-
-def _register(module: torch.nn.Module, order: tuple[str, ...]) -> None:
-    for name in order:
-        if name in module.__dict__:
-            module._modules[name] = module.__dict__.pop(name)
-    for name in order:  # in the library's order, which is that of the parameters
-        if name in module._modules:
-            module._modules[name] = module._modules.pop(name)
-
-
-# --------------------------------------------------------------------------------------------------------- the tracker
 
 
 class DendriteTracker:
@@ -239,7 +107,7 @@ class DendriteTracker:
         for setting, value in settings.items():
             getattr(GPA.pc, f"set_{setting}")(value)
         # The library writes its settings, and would take those that a file of an older run there holds.
-        with tempfile.TemporaryDirectory() as empty, _library(Path(empty)):
+        with tempfile.TemporaryDirectory() as empty, library(Path(empty)):
             UPA.perforate_model(
                 model,
                 doing_pai=args.doing_pai,
@@ -251,7 +119,7 @@ class DendriteTracker:
         for module in UPA.get_pai_modules(model, 0):
             module.__dict__["check_output"] = check_output
             if module.name[1:] in grown:
-                _grow(module, *grown[module.name[1:]])
+                grow(module, *grown[module.name[1:]])
         # The library counts the dendrites that it adds itself.
         self._num_dendrites_before = max((len(dendrites) for dendrites, *_ in grown.values()), default=0)
         model.to(device)
@@ -262,35 +130,16 @@ class DendriteTracker:
 
     def _close(self) -> None:
         """Leave in the network what a training step needs."""
-        self._open_modules = UPA.get_pai_modules(self.model, 0)
-        activation = GPA.pc.get_pai_forward_function()
-        for module in self._open_modules:
-            dendrites, number = module.dendrite_module, module.dendrite_modules_added
-            module.__dict__["parts"] = None
-            # A template for new dendrites, whose numbers are drawn anew: it needs no memory of its own.
-            for template, own in zip(
-                dendrites.parent_module.parameters(), module.main_module.parameters(), strict=True
-            ):
-                template.data = own.data
-            if self.args.fused and module.processor is None and not dendrites.processors:
-                dimensions = module.this_output_dimensions.tolist()
-                how = {"dim": dimensions.index(0) - len(dimensions), "activation": activation}
-                module.__dict__["parts"] = (module.main_module, *_dendrites_of(module), how)
-            for empty in (p for p in module.parameters() if not p.numel()):
-                empty.requires_grad_(False)  # no gradient reaches it, and DistributedDataParallel would wait for one
-            _unregister(dendrites, _OF_DENDRITES)
-            _unregister(module, _WITH_DENDRITES if number else _WITHOUT_DENDRITES)
+        self._layers = UPA.get_pai_modules(self.model, 0)
+        close_layers(self._layers, self.args.fused)
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[None]:
         """The network as the library made it, for calls into the library, in the run folder."""
-        for module in self._open_modules:
-            _register(module, _ORDER)
-            _register(module.dendrite_module, _DENDRITE_ORDER)
-            module.__dict__.pop("parts", None)
+        open_layers(self._layers)
         buffer = self.model.tracker_string
         try:
-            with _library(self.folder):
+            with library(self.folder):
                 yield
         finally:
             # The tracker is saved through a buffer of rank 0's model; DDP needs buffers of one size on all ranks.
@@ -318,7 +167,7 @@ class DendriteTracker:
     @property
     def num_parameters(self) -> int:
         """Number of distinct parameters of the network as it would be deployed, without training scaffolding."""
-        old = {id(p) for m in self._open_modules for p in list(m.dendrites_to_top)[:-1]}  # the last one is used
+        old = {id(p) for m in self._layers for p in list(m.dendrites_to_top)[:-1]}  # the last one is used
         return sum(p.numel() for p in self.model.parameters() if id(p) not in old)
 
     @property
@@ -335,12 +184,12 @@ class DendriteTracker:
 
     def idle_modules(self) -> list[str]:
         """Names of layers with dendrites that no gradient has reached yet: the library could not restructure them."""
-        modules = self._open_modules  # in each, the first gradient sets out_channels
+        modules = self._layers  # in each, the first gradient sets out_channels
         return [m.name[1:] for m in modules if m.dendrite_module.dendrite_values[0].out_channels == -1]
 
     def size_with_one_more(self) -> int:
         """Number of parameters of the network with one dendrite more on each layer, after a training step."""
-        parts = [(m.main_module, m.dendrite_module.dendrite_values[0].out_channels) for m in self._open_modules]
+        parts = [(m.main_module, m.dendrite_module.dendrite_values[0].out_channels) for m in self._layers]
         prices = [(sum(p.numel() for p in layer.parameters()), neurons) for layer, neurons in parts]
         return price.sizes(self.num_parameters, prices, self.num_dendrites, 1)[-1]
 
@@ -434,11 +283,11 @@ class DendriteTracker:
     def deployed_model(self) -> PreTrainedModel:
         """A copy of the network without training scaffolding: layers of `layers.py`, same logits to the last bit."""
         memo, activation = {}, layers.activation_name(GPA.pc.get_pai_forward_function())
-        for module in self._open_modules:
+        for module in self._layers:
             layer = copy.deepcopy(module.main_module, memo)
             if module.dendrite_modules_added:
                 dimensions = module.this_output_dimensions.tolist()
-                dendrites, to_dendrites, to_output = _dendrites_of(module)
+                dendrites, to_dendrites, to_output = dendrites_of(module)
                 dim, neurons = dimensions.index(0) - len(dimensions), to_output.shape[1]
                 layers.add_dendrites(layer, len(dendrites), dim, activation, neurons)
                 layers.set_dendrites(layer, dendrites, to_dendrites, to_output)
@@ -446,7 +295,7 @@ class DendriteTracker:
         for module in UPA.get_tracked_modules(self.model, 0):
             memo[id(module)] = copy.deepcopy(module.main_module, memo)
         model = copy.deepcopy(self.model, memo)
-        for module in self._open_modules:
+        for module in self._layers:
             if hasattr(module.main_module, "joined_norm") and not module.dendrite_modules_added:
                 layers.separate(model, module.name[1:])  # its weights then have the names of a stock model
         del model.tracker_string

@@ -41,7 +41,8 @@ from .callbacks import (
 )
 from .convert import perforate
 from .publishing import PublishingTrainer, in_one_line
-from .tracker import Decision, DendriteTracker, refuse_other_variant
+from .scaffold import refuse_other_variant
+from .tracker import Decision, DendriteTracker
 
 
 class PerforatedTrainer(PublishingTrainer):

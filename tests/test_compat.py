@@ -12,8 +12,9 @@ from accelerate.utils import is_lomo_available
 from transformers import Trainer, TrainingArguments
 
 import mnist_huggingface_perforatedai as mnist
-from perforated_trainer import DendriteArguments, PerforatedTrainer, _compat, layers, perforate, tracker
-from perforated_trainer.tracker import GPA, MPA, UPA, Decision, DendriteTracker
+from perforated_trainer import DendriteArguments, PerforatedTrainer, _compat, layers, perforate, scaffold
+from perforated_trainer.scaffold import GPA, MPA, UPA
+from perforated_trainer.tracker import Decision, DendriteTracker
 
 # ---------------------------------------------------------------------------------------------------------- safetensors
 
@@ -108,15 +109,15 @@ def step(current):
 
 def open_modules(current):
     """The library's layers as it made them."""
-    for module in current._open_modules:
-        tracker._register(module, tracker._ORDER)
-        tracker._register(module.dendrite_module, tracker._DENDRITE_ORDER)
-    return current._open_modules
+    for module in current._layers:
+        scaffold._register(module, scaffold._ORDER)
+        scaffold._register(module.dendrite_module, scaffold._DENDRITE_ORDER)
+    return current._layers
 
 
 def test_the_librarys_functions_are_replaced_by_ours():
-    assert MPA.PAINeuronModule.forward is tracker._forward and MPA.filter_backward is tracker._filter_backward
-    assert callable(tracker._library_forward) and callable(tracker._library_filter_backward)
+    assert MPA.PAINeuronModule.forward is scaffold._forward and MPA.filter_backward is scaffold._filter_backward
+    assert callable(scaffold._librarys_forward) and callable(scaffold._librarys_filter_backward)
 
 
 def test_the_paid_package_stays_out():
@@ -130,8 +131,8 @@ def test_a_converted_layer_has_the_parts_that_are_taken_out(current):
     assert sorted(module.name for module in modules) == sorted(names)
     for module in modules:
         assert isinstance(module, MPA.PAINeuronModule)
-        assert tuple(module._modules) == tracker._ORDER
-        assert tuple(module.dendrite_module._modules) == tracker._DENDRITE_ORDER
+        assert tuple(module._modules) == scaffold._ORDER
+        assert tuple(module.dendrite_module._modules) == scaffold._DENDRITE_ORDER
         assert module.dendrite_modules_added == 0 and module.processor is None
         assert list(module.dendrite_module.processors) == []
         assert module._fb_init_done is False and module._fb_hook_handle is None
@@ -142,7 +143,7 @@ def test_the_first_gradient_tells_the_number_of_neurons(current):
     assert len(current.idle_modules()) == 4
     step(current)
     assert current.idle_modules() == []
-    assert all(module._fb_init_done for module in current._open_modules), "the library asks once only"
+    assert all(module._fb_init_done for module in current._layers), "the library asks once only"
 
 
 def test_scores_decide_and_a_dendrite_is_added(current):
@@ -154,8 +155,8 @@ def test_scores_decide_and_a_dendrite_is_added(current):
     member = GPA.pai_tracker.member_vars
     assert member["num_dendrites_added"] == current.num_dendrites == 1
     assert {"num_epochs_run", "epoch_last_improved", "accuracies"} <= member.keys()
-    for module in current._open_modules:
-        dendrites, between, to_output = tracker._dendrites_of(module)
+    for module in current._layers:
+        dendrites, between, to_output = scaffold.dendrites_of(module)
         assert len(dendrites) == len(between) == 1 and to_output.shape[0] == 1
         dimensions = module.this_output_dimensions.tolist()
         assert dimensions.count(0) == 1
