@@ -275,7 +275,7 @@ def script_model(folder):
     script = (root / "mnist_huggingface_perforatedai.py").read_text()
     script = script[: script.index('if __name__ == "__main__"')]
     start, end = script.index("from perforated_trainer import"), script.index("logger = logging.get_logger")
-    (folder.parent / "script.py").write_text(script[:start] + script[end:] + MAIN)
+    (folder.parent / "script.py").write_text(script[:start] + "PerforatedTrainer = object\n" + script[end:] + MAIN)
     done = subprocess.run(
         [sys.executable, folder.parent / "script.py", root, folder], capture_output=True, text=True, check=False
     )

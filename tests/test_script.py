@@ -220,7 +220,7 @@ def test_loss_as_metric_and_evaluation_by_epoch(script, small, tmp_path, capsys)
     flags = "--metric_for_best_model loss --eval_strategy epoch --save_strategy epoch --n_epochs_to_switch 2".split()
     assert script([*small, *flags, "--max_dendrites", "1"]) == 0
     result, output = results(tmp_path), capsys.readouterr().out
-    assert re.search("best_validation +validation_accuracy +test_loss +test_accuracy", output)
+    assert re.search("best_validation +validation_accuracy +test_accuracy +test_loss", output)
     for cycle in result["cycles"]:
         assert f" {cycle['best_validation']:.4f}" in output and f" {cycle['validation_accuracy']:.4f}" in output
     assert result["metric"] == "eval_loss" and result["greater_is_better"] is False
@@ -318,8 +318,8 @@ def test_any_image_dataset_in_the_hubs_form(tmp_path):
 
     write_image_dataset(tmp_path / "own")
     name, train, validation, test = load_data(DataArguments(dataset_name=str(tmp_path / "own")))
-    assert name.endswith("own") and (len(train), len(validation), len(test)) == (36, 4, 40)
-    assert train[:]["pixel_values"].shape == (36, 1, 28, 28) and set(test.labels.tolist()) == set(range(10))
+    assert name.endswith("own") and (len(train), len(validation), len(test)) == (32, 8, 40)
+    assert train[:]["pixel_values"].shape == (32, 1, 28, 28) and set(test.labels.tolist()) == set(range(10))
     write_image_dataset(tmp_path / "large", size=32)
     with pytest.raises(PerforatedError, match="28x28 grey ones are needed"):
         load_data(DataArguments(dataset_name=str(tmp_path / "large")))
@@ -403,7 +403,9 @@ def test_a_run_folder_is_never_overwritten_silently(script, small, tmp_path, cap
     (tmp_path / "run" / "notes.txt").write_text("mine")
     assert script([*flags, "--overwrite_run"]) == 0
     assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
-    assert not list(tmp_path.rglob("*_config.json")), "the library would take settings of the old run from there"
+    assert not list(tmp_path.rglob("perforatedai_config.json")), (
+        "the library would take settings of the old run from there"
+    )
     shutil.rmtree(tmp_path / "run")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").write_text("mine")
