@@ -72,7 +72,7 @@ def test_training_names_the_reason_where_there_is_no_perforatedai(monkeypatch):
     monkeypatch.setitem(sys.modules, "perforatedai", None)
     for room in ("tracker", "trainer", "convert", "callbacks"):
         monkeypatch.delitem(sys.modules, f"perforated_trainer.{room}", raising=False)
-    with pytest.raises(ImportError, match="needs perforatedai.*Loading a model with dendrites does not need it"):
+    with pytest.raises(ImportError, match=r"needs perforatedai.*Loading a model with dendrites does not need it"):
         _ = perforated_trainer.PerforatedTrainer
 
 
