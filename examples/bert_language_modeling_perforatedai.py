@@ -8,7 +8,6 @@ Without flags: a small BERT from scratch, on the reference of the Python languag
 import math
 import re
 import sys
-import warnings
 from collections import Counter
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -30,18 +29,17 @@ from transformers import (
     set_seed,
 )
 from transformers.hf_argparser import HfArg
-from transformers.utils import logging
 
-sys.path.append(str(Path(__file__).resolve().parent.parent))  # perforated_trainer.py of a clone
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # of a clone, where the package is not installed
 from perforated_trainer import (
     DendriteArguments,
     PerforatedError,
     PerforatedTrainer,
     already_finished,
-    exit_status,
-    ignore_shared_tensors,
+    main_process,
     parse_arguments,
     perforate,
+    run_script,
 )
 
 # Chosen on validation scores. Any flag of TrainingArguments can be given on the command line.
@@ -238,9 +236,8 @@ def run(argv=None) -> int:
     kinds = (ModelArguments, DataArguments, DendriteArguments, TrainingArguments)
     model_args, data_args, dendrite_args, training_args = parse_arguments(kinds, argv, DEFAULTS, PLATEAU_DEFAULTS)
     check(model_args, data_args)
-    if already_finished(dendrite_args, training_args):
+    if already_finished(training_args):
         return 0
-    logging.disable_progress_bar()
     datasets.disable_progress_bars()
     set_seed(training_args.seed)
     name, texts = read_texts(data_args)
@@ -258,7 +255,6 @@ def run(argv=None) -> int:
     # transformers takes a forward with **kwargs to average over several batches; BERT's averages over its own.
     model.accepts_loss_kwargs = False
 
-    ignore_shared_tensors()  # safetensors may write tied weights twice
     model = perforate(model, dendrite_args, training_args)
     trainer = MaskingTrainer(
         model=model,
@@ -270,8 +266,9 @@ def run(argv=None) -> int:
         processing_class=tokenizer,
     )
     sizes = {part: len(data) for part, data in parts.items()}
-    trainer.say(f"data: {name}; sequences: {', '.join(f'{size:,} {part}' for part, size in sizes.items())}")
-    trainer.say(f"network: {type(model).__name__}, {trainer.parameters():,} parameters, on {training_args.device}")
+    if main_process():
+        print(f"data: {name}; sequences: {', '.join(f'{size:,} {part}' for part, size in sizes.items())}")
+        print(f"network: {type(model).__name__}, {trainer.num_parameters:,} parameters, on {training_args.device}")
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_results({"name": name, **sizes})
     return 0
@@ -279,8 +276,7 @@ def run(argv=None) -> int:
 
 def main(argv=None) -> int:
     """Run with the given flags, `sys.argv`'s by default; returns the exit status."""
-    warnings.simplefilter("ignore")
-    return exit_status(run, argv)
+    return run_script(run, argv)
 
 
 if __name__ == "__main__":

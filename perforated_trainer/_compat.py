@@ -10,6 +10,7 @@ from importlib.util import find_spec
 
 import safetensors.torch
 import torch
+from accelerate import Accelerator
 from transformers import TrainingArguments
 
 
@@ -83,6 +84,15 @@ def forget_preparation(model: torch.nn.Module) -> None:
     was only evaluated, and then leaves it unwrapped. Can go when each `Trainer.train()` wraps its model.
     """
     model._is_accelerate_prepared = False
+
+
+def forget_model(accelerator: Accelerator, model: torch.nn.Module) -> None:
+    """Let go of a model that accelerate has prepared.
+
+    Library: accelerate 1.15, `Accelerator._models`. Why: it would be kept in memory and written into checkpoints, and
+    the public `free_memory` lets go of all models. Can go when one model can be let go of.
+    """
+    accelerator._models[:] = [kept for kept in accelerator._models if kept is not model]
 
 
 _patch_search_for_lomo()

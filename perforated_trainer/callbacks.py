@@ -31,7 +31,7 @@ class ProgressCallback(TrainerCallback):
     of a million epochs.
     """
 
-    def __init__(self, score_name: str, greater_is_better: bool, patience: int):
+    def __init__(self, score_name: str, greater_is_better: bool, patience: int | None):
         self.score_name, self.greater_is_better, self.patience = score_name, greater_is_better, patience
         self.bar, self.last_line = None, 0.0
 
@@ -49,12 +49,9 @@ class ProgressCallback(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         self.bar.update()
 
-    def on_evaluate(self, args, state, control, **kwargs):
-        if self.bar is None:
-            return
+    def show(self, args, state):
+        """Show a validation that the tracker has heard of."""
         rows = report.scores(state.log_history, self.score_name)
-        if not rows:
-            return
         best = report.best(rows, self.score_name, self.greater_is_better)
         losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
         since = DendriteTracker.current.scores_since_best
@@ -62,7 +59,10 @@ class ProgressCallback(TrainerCallback):
         shown |= {f"best {report.unit(self.score_name)}": f"{best[self.score_name]:.4f}"}
         words = [f"{name} {value}" for name, value in shown.items()]
         words.append(report.count(rows[-1]["dendrites"], "dendrite"))
-        words.append(f"{since} of {self.patience} evaluations without a better score")
+        if self.patience is None:
+            words.append(f"cycle ends at step {state.max_steps:,}")
+        else:
+            words.append(f"{since} of {self.patience} evaluations without a better score")
         self.bar.set_description_str(", ".join(words))
         if self.bar.disable and not args.disable_tqdm and time.monotonic() - self.last_line > 15:
             self.last_line = time.monotonic()
@@ -103,9 +103,12 @@ class PlotCallback(TrainerCallback):
     def draw(self, args, state):
         self.drawn = time.monotonic()
         if state.is_world_process_zero:
-            DendriteTracker.current.draw()
             path = Path(args.output_dir, f"{run_name(args)}.png")
-            plot.draw(state.log_history, self.score_name, self.greater_is_better, path)
+            try:
+                DendriteTracker.current.draw()
+                plot.draw(state.log_history, self.score_name, self.greater_is_better, path)
+            except OSError as error:  # a full disk, say; the training needs no picture
+                say(f"warning: {path} cannot be drawn: {error}")
 
 
 class StopSignalCallback(TrainerCallback):

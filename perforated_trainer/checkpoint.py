@@ -19,6 +19,7 @@ RUN = "run.json"  # marks the folder of a run
 MANIFEST = "perforated.json"  # written last: a checkpoint without it is unfinished
 FINAL = "final"
 RESULTS = "results.json"
+LIBRARY = "perforatedai"  # the folder of the library's own files
 
 
 class _OtherFormat(PerforatedError):
@@ -41,13 +42,16 @@ def write_whole(path: Path, text: str) -> None:
 # ------------------------------------------------------------------------------------------------------- the run folder
 
 
-def check_free(folder: Path, overwrite: bool) -> None:
+def check_free(folder: Path, overwrite: bool, own: bool = False) -> None:
     """Raise PerforatedError where `folder` is not free for a new run. Writes nothing.
 
     Args:
         folder: the run folder; it need not exist.
         overwrite: whether a run that is there may be replaced.
+        own: whether what lies there was written by this process, such as scores before the training.
     """
+    if own and not (folder / RUN).is_file():
+        return
     if not folder.is_dir() or not any(folder.iterdir()):
         return
     if not (folder / RUN).is_file():
@@ -57,9 +61,13 @@ def check_free(folder: Path, overwrite: bool) -> None:
             f"{folder} already holds a run: --resume_from_checkpoint true goes on with it, --overwrite_run replaces "
             "it, another --output_dir or --save_name keeps both"
         )
+    if FINAL not in _record(folder) and (folder / FINAL).is_dir() and any((folder / FINAL).iterdir()):
+        raise PerforatedError(f"{folder / FINAL} is not of this run, or of an older version's: move it away")
 
 
-def claim(folder: Path, command: str, token: str, overwrite: bool = False, resumed: bool = False) -> None:
+def claim(
+    folder: Path, command: str, token: str, overwrite: bool = False, resumed: bool = False, own: bool = False
+) -> None:
     """Make `folder` the folder of this run.
 
     Args:
@@ -68,15 +76,16 @@ def claim(folder: Path, command: str, token: str, overwrite: bool = False, resum
         token: unlike that of any other start: other processes see by it that they share the folder.
         overwrite: replace the run that the folder holds; files that are not a run's stay.
         resumed: go on with the run that the folder holds.
+        own: as for `check_free`.
 
     Raises PerforatedError where the folder is not free.
     """
     if not resumed:
-        check_free(folder, overwrite)
+        check_free(folder, overwrite, own)
         if (folder / RUN).is_file():
             _remove_run(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / RUN, json.dumps({"command": command, "token": token}) + "\n")
+    _write_record(folder, _record(folder) | {"command": command, "token": token})
 
 
 def release(folder: Path) -> None:
@@ -86,37 +95,134 @@ def release(folder: Path) -> None:
 
 def holds_token(folder: Path, token: str) -> bool:
     """Whether `folder` was claimed with this token, as this process sees it."""
+    return _record(folder).get("token") == token
+
+
+def _record(folder: Path) -> dict:
+    """What `run.json` says: how the run was started, and the files of its model in `final/`."""
     try:
-        return json.loads((folder / RUN).read_text(encoding="utf-8")).get("token") == token
+        return json.loads((folder / RUN).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return False
+        return {}
+
+
+def _write_record(folder: Path, record: dict) -> None:
+    write_whole(folder / RUN, json.dumps(record) + "\n")
+
+
+def results_of(folder: Path) -> dict:
+    """What `results.json` holds of a finished run with dendrites. PerforatedError where `folder` is something else."""
+    flag = f"--control_of {folder}"
+    if not (folder / RUN).is_file():
+        raise PerforatedError(f"{flag}: there is no run in this folder")
+    if not (folder / RESULTS).is_file() or not (folder / FINAL / "config.json").is_file():
+        raise PerforatedError(f"{flag}: this run is not complete; go on with it first, --resume_from_checkpoint true")
+    try:
+        results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+        settings, _ = results["settings"], results["restarts"]
+        control_of, doing_pai = settings["control_of"], settings["doing_pai"]
+    except (ValueError, KeyError):
+        raise PerforatedError(f"{flag}: its {RESULTS} has no settings and restarts, or cannot be read") from None
+    if control_of:
+        raise PerforatedError(f"{flag}: this is itself a control, of {control_of}: name that run")
+    if not doing_pai or results["testing_dendrite_capacity"]:
+        raise PerforatedError(f"{flag}: this run was not trained with dendrites, there is nothing to compare")
+    return results
 
 
 def _remove_run(folder: Path) -> None:
     """Delete what a run wrote into its folder, and nothing else."""
-    for path in [*folder.glob("checkpoint-*"), folder / FINAL, folder / f"{FINAL}.unfinished", folder / "perforatedai"]:
-        shutil.rmtree(path, ignore_errors=True)
+    for path in [*folder.glob("checkpoint-*"), folder / f"{FINAL}.unfinished"]:
+        if _is_written_by_a_run(path):
+            discard(path)
+    _remove_final(folder)
+    for pattern in ("best_model.*", "switch_*.pt", "perforatedai_*"):  # the library's networks, pictures and tables
+        for path in (folder / LIBRARY).glob(pattern):
+            path.unlink()
+    _remove_if_empty(folder / LIBRARY)
     for name in (RESULTS, RUN, f"{folder.resolve().name}.png"):
         (folder / name).unlink(missing_ok=True)
 
 
-def remove_model(folder: Path) -> None:
-    """Delete the folder of a model that a run wrote. Raises PerforatedError where it is something else."""
-    if not folder.is_dir():
-        return
-    if any(folder.iterdir()) and not (folder / "config.json").is_file() and not folder.name.endswith(".unfinished"):
-        raise PerforatedError(f"{folder} holds no model: move it away, the run writes its model there")
-    shutil.rmtree(folder)
+# ---------------------------------------------------------------------------------------------------------- the model
+
+
+def _remove_final(folder: Path) -> None:
+    """Delete the model in `final/`. Other files that lie there stay."""
+    final = folder / FINAL
+    for name in _record(folder).get(FINAL, []):
+        (final / name).unlink(missing_ok=True)
+    for path in sorted(final.rglob("*"), reverse=True):
+        _remove_if_empty(path)
+    _remove_if_empty(final)
+
+
+def _remove_if_empty(folder: Path) -> None:
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def publish(unfinished: Path, folder: Path) -> None:
+    """Move a model into `final/`, in place of the one that the run wrote there before. Other files there stay.
+
+    Args:
+        unfinished: the folder of the model, made by `begin`.
+        folder: the run folder.
+
+    Raises PerforatedError where a file of the same name is there that the run did not write.
+    """
+    final, mark = folder / FINAL, _mark(unfinished)
+    paths = [path for path in unfinished.rglob("*") if path.is_file() and path != mark]
+    # The configuration comes last: without it, a half moved model does not load.
+    paths.sort(key=lambda path: path.name == "config.json")
+    names = [path.relative_to(unfinished).as_posix() for path in paths]
+    if foreign := [name for name in names if name not in _record(folder).get(FINAL, []) and (final / name).exists()]:
+        raise PerforatedError(f"{final / foreign[0]} was not written by this run: move it away, the model goes there")
+    _remove_final(folder)
+    _write_record(folder, _record(folder) | {FINAL: names})  # first: what is half moved is known as the run's
+    for path, name in zip(paths, names, strict=True):
+        (final / name).parent.mkdir(parents=True, exist_ok=True)
+        path.replace(final / name)
+    discard(unfinished)
 
 
 # --------------------------------------------------------------------------------------------------------- a checkpoint
 
 
+def _mark(folder: Path) -> Path:
+    """The file by which an unfinished checkpoint is known as a run's. It becomes the manifest."""
+    return folder / f"{MANIFEST}.unfinished"
+
+
+def _is_written_by_a_run(folder: Path) -> bool:
+    if not folder.is_dir():
+        return False
+    return (folder / MANIFEST).is_file() or _mark(folder).is_file() or not any(folder.iterdir())
+
+
+def begin(folder: Path) -> None:
+    """Make the folder of a checkpoint. An older one of this name, such as a run that was killed leaves, is deleted.
+
+    Raises PerforatedError where the folder was not written by a run.
+    """
+    if folder.exists():
+        if not _is_written_by_a_run(folder):
+            raise PerforatedError(f"{folder} was not written by a run: move it away, the run writes there")
+        discard(folder)
+    folder.mkdir(parents=True)
+    _mark(folder).touch()
+
+
 def discard(folder: Path) -> None:
-    """Make room for a checkpoint: delete an older one of this name, such as a run that was killed leaves unfinished."""
-    if folder.is_dir():
-        (folder / MANIFEST).unlink(missing_ok=True)  # first: what is half deleted must not count
-        shutil.rmtree(folder)
+    """Delete a checkpoint. One that is half deleted does not count, and is still known as a run's."""
+    if (folder / MANIFEST).is_file():
+        (folder / MANIFEST).replace(_mark(folder))
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path != _mark(folder):
+            path.unlink()
+    shutil.rmtree(folder)
 
 
 def seal(folder: Path, facts: dict) -> None:
@@ -126,7 +232,7 @@ def seal(folder: Path, facts: dict) -> None:
         folder: the checkpoint, all its files written.
         facts: what the trainer wants back from `check`.
     """
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != _mark(folder))
     names = {path.relative_to(folder).as_posix(): digest(path) for path in files}
     manifest = {"format": FORMAT, "saved_at": time.time(), **facts, "files": names}
     write_whole(folder / MANIFEST, json.dumps(manifest, indent=1))
@@ -182,3 +288,8 @@ def rotate(output_dir: Path, limit: int | None) -> None:
     complete = sorted(output_dir.glob(f"checkpoint-*/{MANIFEST}"), key=os.path.getmtime)
     for old in complete[:-limit] if limit else []:
         discard(old.parent)
+
+
+def step_of(folder: Path) -> int:
+    """The training step at which a checkpoint was written."""
+    return json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]

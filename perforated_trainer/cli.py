@@ -54,7 +54,8 @@ def parse_arguments(
         plateau: `lr_scheduler_kwargs` of the schedule reduce_lr_on_plateau, where none are given.
 
     Raises PerforatedError for a flag that is unknown, has no such value or does not go with dendrites, and for a run
-    folder that is not free. `--save_name` gives the folder where `--output_dir` does not.
+    folder that is not free. `--save_name` gives the folder where `--output_dir` does not; a control's is
+    `<run>-control`.
     """
 
     def error(message):
@@ -64,6 +65,14 @@ def parse_arguments(
     parser.error = error
     parser.set_defaults(output_dir=None, remove_unused_columns=False, **(training or {}), **defaults)
     values = vars(parser.parse_args(argv))
+    if values["control_of"]:
+        run = Path(values["control_of"])
+        if main_process():
+            checkpoint.results_of(run)  # before any data is read
+        given = None if values["save_name"] is parser.get_default("save_name") else values["save_name"]
+        given = values["output_dir"] or given
+        if given is None or Path(given).resolve() == run.resolve():
+            values["output_dir"], values["save_name"] = f"{run if run.name else run.resolve()}-control", None
     # "is": a value that was given is a new object, so that also the default's value can be asked for.
     if values["output_dir"] and values["save_name"] is parser.get_default("save_name"):
         values["save_name"] = None

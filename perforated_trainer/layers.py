@@ -31,6 +31,7 @@ FORMAT = 1  # of the saved model; raise it when a model saved now could not be l
 WEIGHTS, INDEX = "model.dendrites.safetensors", "model.dendrites.safetensors.index.json"
 _STOCK_NAMES = "model.safetensors", "model.safetensors.index.json"
 _VARIANT_INDEX = "model.safetensors.index.dendrites.json"  # what save_pretrained(variant="dendrites") calls the index
+CODE = "dendrite_layers"  # name of the copy of this file in the folder of a model
 ACTIVATIONS = {
     "sigmoid": torch.sigmoid,
     "relu": torch.relu,
@@ -358,6 +359,37 @@ def split_dendrites(layer) -> tuple[list[nn.Module], list[torch.Tensor], torch.T
     return dendrites, list(rows), to_output
 
 
+def join(model, name, norm) -> nn.Module:
+    """Make one block, an `nn.Sequential`, of a module and the normalisation that follows it, in place of the module.
+
+    An `nn.Identity` takes the place of the normalisation, so that the code of the model computes the same.
+
+    Args:
+        name (`str`): Of the module.
+        norm (`str`): Name of the normalisation, without that of their common parent.
+
+    ValueError where there are no such modules.
+    """
+    parent, _, own = name.rpartition(".")
+    parent = model.get_submodule(parent)
+    children = dict(parent.named_children())
+    if own not in children or norm not in children or own == norm:
+        raise ValueError(f"There are no modules {own!r} and {norm!r} to join")
+    block = nn.Sequential(children[own], children[norm])
+    block.joined_norm = norm
+    setattr(parent, own, block)
+    setattr(parent, norm, nn.Identity())
+    return block
+
+
+def separate(model, name) -> None:
+    """The reverse of `join`, for a block without dendrites."""
+    parent, _, own = name.rpartition(".")
+    parent, block = model.get_submodule(parent), model.get_submodule(name)
+    setattr(parent, own, block[0])
+    setattr(parent, block.joined_norm, block[1])
+
+
 # ------------------------------------------------------------------------------------------------ saving and loading
 
 
@@ -366,7 +398,7 @@ class DendriteConfig(QuantizationConfigMixin):
 
     Args:
         layers (`dict`): Name of a module: its number of dendrites, or `{"dendrites": , "dim": , "neurons": }` for a
-            module that is not `can_fuse`.
+            module that is not `can_fuse`; "norm" too where the module was joined with the normalisation of that name.
         activation (`str`): A name in `ACTIVATIONS`.
         weights (`str`): The file of the weights, or their index.
         format (`int`): Version of this layout.
@@ -416,15 +448,18 @@ class DendriteQuantizer(HfQuantizer):
     update_tp_plan = update_attn_implementation  # the same hook, as transformers 5.5 calls it
 
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
-        modules = dict(model.named_modules())
         prefix = f"{model.base_model_prefix}."
         for name in self.quantization_config.layers:
+            modules = dict(model.named_modules())  # a block before may have brought copies of its layers
             # As transformers does with weights: the body of a model is found in the model and on its own.
             names = [n for n in (name, name.removeprefix(prefix), prefix + name) if n in modules]
             if not names:
                 raise ValueError(f"config.json gives dendrites to {name!r}, which {type(model).__name__} does not have")
             try:
-                add_dendrites(modules[names[0]], **self.quantization_config.arguments(name))
+                value, module = self.quantization_config.layers[name], modules[names[0]]
+                if isinstance(value, dict) and "norm" in value:
+                    module = join(model, names[0], value["norm"])
+                add_dendrites(module, **self.quantization_config.arguments(name))
             except ValueError as error:
                 raise ValueError(f"config.json, dendrites of {name!r}: {error}") from None
         self._shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
@@ -481,7 +516,11 @@ def _read_shapes(files):
 
 def layers_with_dendrites(model) -> dict[str, nn.Module]:
     """The modules of a model that have dendrites, by name."""
-    return {name: module for name, module in model.named_modules() if hasattr(module, "num_dendrites")}
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if hasattr(type(module), "dendrite_base") and hasattr(module, "num_dendrites")
+    }
 
 
 def _dendrite_names(model):
@@ -498,6 +537,8 @@ def _config(model, weights=WEIGHTS):
         layers[name] = (
             count if can_fuse(module) else {"dendrites": count, "dim": module.dendrite_dim, "neurons": neurons}
         )
+        if (norm := getattr(module, "joined_norm", None)) is not None:
+            layers[name]["norm"] = norm
         activations.add(module.dendrite_activation)
     if len(activations) > 1:
         raise ValueError(
@@ -519,8 +560,8 @@ class _Model(_Reduced):
         self.config.quantization_config = _config(self)
         try:
             # The names in the file are those of the modules, so that they can be checked before they are loaded.
-            kwargs["save_original_format"] = False
-            super().save_pretrained(save_directory, *args, variant=VARIANT, **kwargs)
+            kwargs |= {"variant": VARIANT, "save_original_format": False}
+            super().save_pretrained(save_directory, *args, **kwargs)
             if writes and folder.is_dir():
                 stale = {INDEX, *_STOCK_NAMES}  # of another model, or of this one before it got dendrites
                 if (folder / _VARIANT_INDEX).exists():
@@ -530,6 +571,10 @@ class _Model(_Reduced):
                     stale = {WEIGHTS, *_STOCK_NAMES}
                 for name in stale:
                     (folder / name).unlink(missing_ok=True)
+                if f"{CODE}." in str(
+                    getattr(self.config, "auto_map", "")
+                ):  # code that came with the model goes with it
+                    (folder / f"{CODE}.py").write_bytes(Path(__file__).read_bytes())
         finally:
             del self.config.quantization_config
         if push_to_hub:  # only now are all files as they should be

@@ -13,9 +13,9 @@ import transformers
 from transformers.utils import logging
 
 from . import layers
+from .layers import CODE
 
 logger = logging.get_logger(__name__)
-LAYERS = "dendrite_layers"  # name of the copy of layers.py
 
 
 def save_code(model, folder) -> bool:
@@ -30,8 +30,8 @@ def save_code(model, folder) -> bool:
     folder, cls, config = Path(folder), getattr(type(model), "dendrite_base", type(model)), type(model.config)
     file = folder / "config.json"
     values = json.loads(file.read_text(encoding="utf-8"))
-    if cls.__module__.startswith("transformers.") or cls.__module__.endswith(f".{LAYERS}"):
-        code = dict.fromkeys(auto_classes(cls, config), f"{LAYERS}.{cls.__name__}")
+    if cls.__module__.startswith("transformers.") or cls.__module__.endswith(f".{CODE}"):
+        code = dict.fromkeys(auto_classes(cls, config), f"{CODE}.{cls.__name__}")
     elif cls.__module__.startswith("transformers_modules."):
         return True  # loaded with its code, which transformers saves again
     else:
@@ -45,7 +45,7 @@ def save_code(model, folder) -> bool:
         code = dict.fromkeys(auto_classes(cls, config), f"{module}.{cls.__name__}")
         if not config.__module__.startswith("transformers."):
             code["AutoConfig"] = f"{module}.{config.__name__}"
-    shutil.copyfile(layers.__file__, folder / f"{LAYERS}.py")
+    shutil.copyfile(layers.__file__, folder / f"{CODE}.py")
     values["auto_map"] = values.get("auto_map", {}) | code
     file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return True
@@ -93,7 +93,7 @@ def extract(model_class, config_class) -> str:
         raise OSError(f"{file} imports from files beside it")
     texts = [_text(statement, source) for statement in chosen]
     first = sum(text.startswith("from __future__ ") for text in texts)
-    texts.insert(first, f"from .{LAYERS} import DendriteConfig  # noqa: F401 - its import teaches to load dendrites")
+    texts.insert(first, f"from .{CODE} import DendriteConfig  # noqa: F401 - its import teaches to load dendrites")
     return f'"""{model_class.__name__}, taken from {Path(file).name}."""\n\n' + "\n\n".join(texts) + "\n"
 
 

@@ -2,13 +2,15 @@
 
 `results.json` has these keys: stopped_by ("tracker", "max_steps" or "callback"), testing_dendrite_capacity, dataset,
 metric, greater_is_better, seed, cycles (for each number of dendrites the best validation score and the other scores at
-that step), final, global_step, train_seconds, steps_per_second, command, versions.
+that step), final, global_step, restarts (the steps at which optimizer and schedule started anew), train_seconds,
+steps_per_second, settings (what a control must share), command, versions; of a control also `control`, see `verdict`.
 """
 
 import math
 import re
 import sys
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 from transformers import TrainingArguments
@@ -49,13 +51,7 @@ def peak_memory() -> str:
 
 def installed_versions() -> dict[str, str]:
     """The versions of the packages that a result depends on, of those that are installed."""
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return versions
+    return {package: version(package) for package in PACKAGES if find_spec(package)}
 
 
 # ---------------------------------------------------------------------------------------------------- the log history
@@ -121,7 +117,7 @@ def table(rows: list[dict]) -> str:
 def no_dendrite_can_come(dendrite_args: DendriteArguments, args: TrainingArguments, train_dataset) -> str | None:
     """A warning for settings by which a run is sure to end without a dendrite, where the sizes are known."""
     steps = args.max_steps
-    if not dendrite_args.doing_pai or dendrite_args.testing_dendrite_capacity:
+    if not dendrite_args.doing_pai or dendrite_args.testing_dendrite_capacity or dendrite_args.switch_mode == "fixed":
         return None
     if steps <= 0 and hasattr(train_dataset, "__len__"):
         batches = math.ceil(len(train_dataset) / (args.train_batch_size * args.world_size))
@@ -132,11 +128,13 @@ def no_dendrite_can_come(dendrite_args: DendriteArguments, args: TrainingArgumen
         evaluations = math.ceil(args.num_train_epochs)
     else:
         return None
-    if evaluations > dendrite_args.n_epochs_to_switch:
+    patience = dendrite_args.n_epochs_to_switch
+    needed = patience + 2 if patience else 1  # the first score is the best, and the library waits for one more
+    if evaluations >= needed:
         return None
     return (
-        f"warning: no dendrite can be added: {count(evaluations, 'evaluation')} in all, --n_epochs_to_switch "
-        f"{dendrite_args.n_epochs_to_switch}. Train longer, evaluate more often (--eval_steps) or lower it"
+        f"warning: no dendrite can be added: {count(evaluations, 'evaluation')} in all, and --n_epochs_to_switch "
+        f"{patience} needs {needed}. Train longer, evaluate more often (--eval_steps) or lower it"
     )
 
 
@@ -145,17 +143,19 @@ def no_dendrite_came(dendrite_args: DendriteArguments, log_history: list[dict], 
     rows = scores(log_history, score_name)
     if not dendrite_args.doing_pai or any(row["dendrites"] for row in rows):
         return None
-    return (
-        f"warning: this run ended without a single dendrite: {count(len(rows), 'evaluation')} in all, and one is added "
-        f"after {dendrite_args.n_epochs_to_switch} without a better score (--n_epochs_to_switch)"
-    )
+    reason = f"one is added after {dendrite_args.n_epochs_to_switch} without a better score (--n_epochs_to_switch)"
+    if dendrite_args.switch_mode == "fixed":
+        reason = "one is added at the end of a cycle"
+    if not dendrite_args.max_dendrites:
+        reason = "--max_dendrites is 0"
+    return f"warning: this run ended without a single dendrite: {count(len(rows), 'evaluation')} in all, and {reason}"
 
 
 def comparison(results: dict) -> str:
     """How much better the kept model is than the best one without dendrites, in one sentence."""
     first, kept = results["cycles"][0], results["final"]
-    if not kept["dendrites"]:
-        return "No dendrite was kept: the model without dendrites had the best validation score."
+    if kept["dendrites"] == first["dendrites"]:
+        return "No new dendrite was kept: the model without it had the best validation score."
     name = unit(results["metric"])
     parts = [part for part in ("validation", "test") if f"{part}_{name}" in kept]
     with_dendrites = {part: kept[f"{part}_{name}"] for part in parts}
@@ -170,14 +170,16 @@ def comparison(results: dict) -> str:
             before, after, what, shown = 100 * (1 - before), 100 * (1 - after), f"{part} error", "{:.2f} %".format
         change = f" ({abs(before - after) / abs(before):.0%} {'less' if after < before else 'more'})" if before else ""
         words.append(f"{what} {shown(before)} -> {shown(after)}{change}")
-    return f"With {count(kept['dendrites'], 'dendrite')} instead of none: {', '.join(words)}."
+    before = first["dendrites"] or "none"
+    return f"With {count(kept['dendrites'], 'dendrite')} instead of {before}: {', '.join(words)}."
 
 
 def summary(results: dict, folder: Path) -> str:
     """The table of the cycles, what is better and by how much, the final scores, and where everything is."""
     lines = []
     if results["cycles"]:
-        lines += ["", table(results["cycles"]), comparison(results)]
+        told = results["control"]["verdict"] if "control" in results else comparison(results)
+        lines += ["", table(results["cycles"]), told]
     final = dict(results["final"])
     line = f"final: {count(final.pop('dendrites'), 'dendrite')}, {final.pop('parameters'):,} parameters, "
     lines.append(line + ", ".join(f"{name} {value:.4f}" for name, value in final.items()))
@@ -187,6 +189,8 @@ def summary(results: dict, folder: Path) -> str:
     )
     plot = folder / f"{folder.resolve().name}.png"
     lines.append(f"model: {folder}/final   plot: {plot}   results: {folder}/results.json")
+    if results["cycles"] and results["final"]["dendrites"] > results["cycles"][0]["dendrites"]:
+        lines.append(f"Dendrites, or only longer training? The same command with --control_of {folder} tells.")
     if results["testing_dendrite_capacity"]:
         lines.append("This was a test of dendrite capacity, not a training run.")
     return "\n".join(lines)

@@ -26,7 +26,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from . import layers
+from . import layers, price
 from ._compat import shared_tensors_ignored
 from .arguments import DendriteArguments, PerforatedError
 
@@ -56,6 +56,15 @@ class Decision(enum.Enum):
 
 def _stop(*args, **kwargs):
     raise SystemExit
+
+
+def refuse_other_variant() -> None:
+    """Raise PerforatedError where the paid package is installed."""
+    if PERFORATEDBP:
+        raise PerforatedError(
+            "the package perforatedbp is installed: it would change the training and is not supported here; use an "
+            "environment without it"
+        )
 
 
 @contextlib.contextmanager
@@ -130,6 +139,21 @@ def _dendrites_of(module) -> tuple[list, list, torch.Tensor | None]:
     return list(module.dendrite_module.layers), [None, *between], module.dendrites_to_top[number - 1]
 
 
+def _grow(module, dendrites: list, to_dendrites: list, to_output: torch.Tensor) -> None:
+    """Give a layer of the library dendrites that were trained before."""
+    shape = [1] * len(module.this_output_dimensions)
+    shape[int(module.this_node_index)] = to_output.shape[1]
+    module.dendrite_module.dendrite_values[0].setup_arrays(shape)
+    UPA.simulate_cycles(module, 2 * len(dendrites), doing_pai=True)
+    own, own_to_dendrites, own_to_output = _dendrites_of(module)
+    with torch.no_grad():
+        for mine, theirs in zip(own, dendrites, strict=True):
+            mine.load_state_dict(theirs.state_dict())
+        for mine, theirs in zip(own_to_dendrites[1:], to_dendrites[1:], strict=True):
+            mine.copy_(theirs)
+        own_to_output.copy_(to_output)
+
+
 def _unregister(module: torch.nn.Module, names: tuple[str, ...]) -> None:
     for name in names:
         if name in module._modules:
@@ -156,17 +180,21 @@ class DendriteTracker:
         args: the settings of the dendrites.
         module_ids: names of the modules that get dendrites.
         check_output: called once for each of these, as `check_output(module, output)`, after its first forward pass.
+        grown: dendrites that the model has already, by the name of their layer, as `layers.split_dendrites` gives them.
         metric: name of the score that decides.
         greater_is_better: whether a higher score is better.
         device: of the training.
 
     Attributes:
         folder: the run folder, absolute; set when a run begins, before that nothing is written.
+        table: what gets dendrites and what they cost, in words.
 
     Raises PerforatedError where the library stops.
     """
 
     current: "DendriteTracker | None" = None  # the library keeps one per process
+    callbacks = ()  # that the trainer needs with this tracker
+    decides_everywhere = False  # the first process decides, for all
 
     def __init__(
         self,
@@ -174,17 +202,13 @@ class DendriteTracker:
         args: DendriteArguments,
         module_ids: list[str],
         check_output,
+        grown: dict[str, tuple],
         metric: str,
         greater_is_better: bool,
         device: torch.device,
     ):
-        if PERFORATEDBP:
-            raise PerforatedError(
-                "the package perforatedbp is installed: it would change the training and is not supported here; use an "
-                "environment without it"
-            )
-        self.model, self.args, self.folder = model, args, None
-        threshold = args.improvement_threshold
+        self.model, self.args, self.folder, self.table = model, args, None, ""
+        threshold, fixed = args.improvement_threshold, args.switch_mode == "fixed"
         for setting in "configuration_confirmed unwrapped_modules_confirmed weight_decay_accepted silent".split():
             getattr(GPA.pc, f"set_{setting}")(True)  # never ask on standard input
         for setting in "verbose find_best_lr test_saves pai_saves retain_all_dendrites".split():
@@ -203,9 +227,14 @@ class DendriteTracker:
             "module_ids_to_perforate": [f".{name}" for name in module_ids],
             "module_names_to_perforate": [],  # all are named one by one
             "module_names_to_not_save": [],
+            # With 0 the library takes the very first score for no best one; a cycle may have no other.
+            "initial_history_after_switches": -1 if fixed else 0,
+            "improvement_threshold_raw": args.improvement_threshold_raw,
+            "pai_forward_function": layers.ACTIVATIONS[args.dendrite_activation],
+            "candidate_weight_initialization_multiplier": args.dendrite_init_scale,
             # A capacity test changes these two, and retain_all_dendrites: a later call here must not inherit them.
-            "switch_mode": GPA.pc.DOING_HISTORY,
-            "max_dendrite_tries": 2,
+            "switch_mode": GPA.pc.DOING_NO_SWITCH if fixed else GPA.pc.DOING_HISTORY,
+            "max_dendrite_tries": args.max_dendrite_tries,
         }
         for setting, value in settings.items():
             getattr(GPA.pc, f"set_{setting}")(value)
@@ -221,6 +250,10 @@ class DendriteTracker:
         GPA.pc.set_module_names_to_not_save([])  # the library adds second names of modules, which loading then misses
         for module in UPA.get_pai_modules(model, 0):
             module.__dict__["check_output"] = check_output
+            if module.name[1:] in grown:
+                _grow(module, *grown[module.name[1:]])
+        # The library counts the dendrites that it adds itself.
+        self._num_dendrites_before = max((len(dendrites) for dendrites, *_ in grown.values()), default=0)
         model.to(device)
         self._close()
         DendriteTracker.current = self
@@ -234,12 +267,17 @@ class DendriteTracker:
         for module in self._open_modules:
             dendrites, number = module.dendrite_module, module.dendrite_modules_added
             module.__dict__["parts"] = None
+            # A template for new dendrites, whose numbers are drawn anew: it needs no memory of its own.
+            for template, own in zip(
+                dendrites.parent_module.parameters(), module.main_module.parameters(), strict=True
+            ):
+                template.data = own.data
             if self.args.fused and module.processor is None and not dendrites.processors:
                 dimensions = module.this_output_dimensions.tolist()
                 how = {"dim": dimensions.index(0) - len(dimensions), "activation": activation}
                 module.__dict__["parts"] = (module.main_module, *_dendrites_of(module), how)
-            elif not number:
-                continue  # the library's forward calls the dendrites' module
+            for empty in (p for p in module.parameters() if not p.numel()):
+                empty.requires_grad_(False)  # no gradient reaches it, and DistributedDataParallel would wait for one
             _unregister(dendrites, _OF_DENDRITES)
             _unregister(module, _WITH_DENDRITES if number else _WITHOUT_DENDRITES)
 
@@ -259,28 +297,29 @@ class DendriteTracker:
             self.model.tracker_string = buffer
             self._close()
 
+    @contextlib.contextmanager
+    def forward(self, fused: bool) -> Iterator[None]:
+        """For a `with` block, compute layers by our formula or by the library's own forward."""
+        before, self.args.fused = self.args.fused, fused
+        self._close()
+        try:
+            yield
+        finally:
+            self.args.fused = before
+            self._close()
+
     # ----------------------------------------------------------------------------------------------------- what is now
 
     @property
     def num_dendrites(self) -> int:
         """Number of dendrites that each layer has now."""
-        return GPA.pai_tracker.member_vars["num_dendrites_added"]
+        return self._num_dendrites_before + GPA.pai_tracker.member_vars["num_dendrites_added"]
 
     @property
     def num_parameters(self) -> int:
         """Number of distinct parameters of the network as it would be deployed, without training scaffolding."""
         old = {id(p) for m in self._open_modules for p in list(m.dendrites_to_top)[:-1]}  # the last one is used
-        of_library = (
-            {}
-            if self.args.fused
-            else {
-                id(p)
-                for m in self._open_modules
-                for name in _OF_DENDRITES
-                for p in getattr(m.dendrite_module, name).parameters()
-            }
-        )
-        return sum(p.numel() for p in self.model.parameters() if id(p) not in old and id(p) not in of_library)
+        return sum(p.numel() for p in self.model.parameters() if id(p) not in old)
 
     @property
     def scores_since_best(self) -> int:
@@ -299,20 +338,37 @@ class DendriteTracker:
         modules = self._open_modules  # in each, the first gradient sets out_channels
         return [m.name[1:] for m in modules if m.dendrite_module.dendrite_values[0].out_channels == -1]
 
-    def add_score(self, score: float, extra: dict[str, float], test: dict[str, float]) -> Decision:
+    def size_with_one_more(self) -> int:
+        """Number of parameters of the network with one dendrite more on each layer, after a training step."""
+        parts = [(m.main_module, m.dendrite_module.dendrite_values[0].out_channels) for m in self._open_modules]
+        prices = [(sum(p.numel() for p in layer.parameters()), neurons) for layer, neurons in parts]
+        return price.sizes(self.num_parameters, prices, self.num_dendrites, 1)[-1]
+
+    def add_score(
+        self, score: float, extra: dict[str, float], test: dict[str, float], step: int, end_of_cycle: bool = False
+    ) -> Decision:
         """Give a validation score to the library, which may restructure the network.
 
         Args:
             score: of the metric that decides.
             extra, test: further values by name, for the library's graphs.
+            step: at which the score was measured; only a control decides by it.
+            end_of_cycle: end the cycle whatever the score.
         """
         tracker = GPA.pai_tracker
+        tracker.member_vars["switch_mode"] = GPA.pc.get_switch_mode()  # a network that is loaded brings its own
+        if self.args.switch_mode == "fixed" and not tracker.member_vars["running_accuracy"]:
+            tracker.member_vars["running_accuracy"] = score  # else the first mean of a cycle is one with 0
+        if self.args.max_parameters:
+            fits = self.size_with_one_more() <= self.args.max_parameters
+            added = tracker.member_vars["num_dendrites_added"]
+            GPA.pc.set_max_dendrites(self.args.max_dendrites if fits else min(self.args.max_dendrites, added))
         with self._open():
             for name, value in extra.items():
                 tracker.add_extra_score(value, name)
             for name, value in test.items():
                 tracker.add_test_score(value, name)
-            _, restructured, complete = tracker.add_validation_score(score, self.model)
+            _, restructured, complete = tracker.add_validation_score(score, self.model, force_switch=end_of_cycle)
         if complete:
             return Decision.COMPLETE
         return Decision.RESTRUCTURED if restructured else Decision.CONTINUE
@@ -349,12 +405,17 @@ class DendriteTracker:
 
     def load(self, folder: Path) -> None:
         """Bring network, dendrites and tracker to where `save` found them. PerforatedError for another network."""
+        if not (folder / SYSTEM).is_file():
+            raise PerforatedError(f"{folder} holds no network for dendrites; of a control, give its --control_of too")
         if (folder / BEST).is_file():
             (self.folder / LIBRARY).mkdir(parents=True, exist_ok=True)
             # Several processes may do this at once, each with the same file.
             temporary = self.folder / LIBRARY / f"best_model.{time.monotonic_ns()}"
-            shutil.copyfile(folder / BEST, temporary)
-            temporary.replace(self.folder / LIBRARY / "best_model.pt")
+            try:
+                shutil.copyfile(folder / BEST, temporary)
+                temporary.replace(self.folder / LIBRARY / "best_model.pt")
+            finally:
+                temporary.unlink(missing_ok=True)  # where the disk is full
         try:
             weights = safetensors.torch.load_file(folder / SYSTEM)
             with self._open():
@@ -385,5 +446,8 @@ class DendriteTracker:
         for module in UPA.get_tracked_modules(self.model, 0):
             memo[id(module)] = copy.deepcopy(module.main_module, memo)
         model = copy.deepcopy(self.model, memo)
+        for module in self._open_modules:
+            if hasattr(module.main_module, "joined_norm") and not module.dendrite_modules_added:
+                layers.separate(model, module.name[1:])  # its weights then have the names of a stock model
         del model.tracker_string
         return layers.make_dendritic(model)

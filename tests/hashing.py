@@ -32,7 +32,7 @@ class Hashing(TrainerCallback):
             os._exit(1)
 
 
-class HashingTrainer(script.PerforatedTrainer):
+class HashingTrainer(script.AugmentingTrainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.add_callback(Hashing())
@@ -44,5 +44,5 @@ class HashingTrainer(script.PerforatedTrainer):
         return output
 
 
-script.PerforatedTrainer = HashingTrainer
+script.AugmentingTrainer = HashingTrainer
 sys.exit(script.main())

@@ -5,7 +5,7 @@ import re
 import signal
 import sys
 
-import perforated_trainer
+from perforated_trainer import tracker, trainer
 
 # Files that are about to be opened for writing, renamed or removed, as Python's audit events name them.
 FILES = {
@@ -17,9 +17,9 @@ FILES = {
 }
 # Calls that are about to begin.
 CALLS = {
-    "in a restructure": (perforated_trainer.UPA, "simulate_cycles"),
-    "between two cycles": (perforated_trainer.PerforatedTrainer, "load_checkpoint"),
-    "after the last evaluation": (perforated_trainer.PerforatedTrainer, "save_results"),
+    "in a restructure": (tracker.UPA, "simulate_cycles"),
+    "between two cycles": (tracker.DendriteTracker, "load"),
+    "after the last evaluation": (trainer.PerforatedTrainer, "save_results"),
 }
 
 

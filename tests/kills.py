@@ -54,7 +54,7 @@ def outcome(folder: Path) -> tuple[dict, bytes]:
     results = json.loads((folder / "run" / "results.json").read_text())
     for key in ("train_seconds", "steps_per_second", "command"):
         del results[key]
-    return results, (folder / "run" / "final" / "model.safetensors").read_bytes()
+    return results, (folder / "run" / "final" / "model.dendrites.safetensors").read_bytes()
 
 
 def run_to_end(folder: Path, *flags: str) -> float:

@@ -1,4 +1,4 @@
-"""Answers, for each line `CLASS FOLDER`: the tied names and the logits of the model that was saved in this folder."""
+"""Answers, for each line `CLASS FOLDER PART`: the tied names and the logits of the model in FOLDER/PART."""
 
 import json
 import sys
@@ -6,11 +6,12 @@ import sys
 import models
 import torch
 
-from perforated_trainer import load_perforated_model
+import perforated_trainer  # noqa: F401 - its import teaches from_pretrained
 
+sys.modules["perforatedai"] = None  # importing it is an error
 for line in sys.stdin:
-    name, folder = line.split()
-    model = load_perforated_model(models.model_class(name), f"{folder}/final")
+    name, folder, part = line.split()
+    model = models.model_class(name).from_pretrained(f"{folder}/{part}")
     with torch.no_grad():
         logits = model(**torch.load(f"{folder}/batch.pt")).logits
     torch.save(logits, f"{folder}/reloaded.pt")

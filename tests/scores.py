@@ -28,8 +28,8 @@ args = TrainingArguments(
 )
 set_seed(0)
 _, train, validation, _ = script.load_data(script.DataArguments(max_train_samples=320, max_eval_samples=samples))
-model = script.MnistCnnForImageClassification(script.MnistCnnConfig(dropouts=(0.0, 0.0)))
-model = perforate(model, DendriteArguments(save_name="run"), args)
+model = script.MnistCnnForImageClassification(script.MnistCnnConfig())
+model = perforate(model, DendriteArguments(), args)
 trainer = PerforatedTrainer(
     model=model,
     args=args,

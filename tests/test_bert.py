@@ -2,17 +2,17 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import bert_language_modeling_perforatedai as example
 import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples" / "bert_language_modeling_perforatedai.py"
-sys.path.insert(0, str(EXAMPLE.parent))
-import bert_language_modeling_perforatedai as example  # noqa: E402
 
 # The learning rate falls to nothing at the first gain below 5 %: the first cycle ends early, and a dendrite, which
 # starts at the full rate again, is sure to gain.
@@ -82,7 +82,7 @@ def test_resume_repeats_the_run(finished, resumed):
     assert results(finished)["cycles"][0]["global_step"] > 10
     for key in ("cycles", "final", "global_step", "stopped_by"):
         assert results(resumed[0])[key] == results(finished)[key]
-    for name in ("model.safetensors", "tokenizer.json"):
+    for name in ("model.dendrites.safetensors", "tokenizer.json"):
         assert (resumed[0] / "run/final" / name).read_bytes() == (finished / "run/final" / name).read_bytes()
 
 
@@ -91,8 +91,7 @@ def test_reload_gives_the_trained_logits_to_the_last_bit(resumed):
     model, ids = trainer.model.eval(), trainer.test_dataset[:8]["input_ids"]
     with torch.no_grad():
         torch.save({"ids": ids, "logits": model(input_ids=ids).logits}, folder / "trained.pt")
-    code = f"""
-import sys; sys.path.insert(0, {str(ROOT)!r})
+    code = """
 import torch
 from transformers import AutoTokenizer, BertForMaskedLM
 from perforated_trainer import load_perforated_model
@@ -104,9 +103,12 @@ decoder = [p for name, p in everything if "predictions.decoder" in name and p.nd
 assert decoder and all(p is model.get_input_embeddings().weight for p in decoder), "the decoder is no longer tied"
 print(sum(p.numel() for p in model.parameters()), len(AutoTokenizer.from_pretrained("run/final")))
 """
-    card = (folder / "run" / "final" / "README.md").read_text().splitlines()
-    lines = [line.strip() for line in card if line.startswith("    ")]  # as the card says, from the run's folder
-    code += "\n".join(["import os", "os.chdir('run')", *lines, "print(model.num_parameters(), len(processor))"])
+    card = (folder / "run" / "final" / "README.md").read_text()
+    lines = re.findall("```python\n(.*?)```", card, re.DOTALL)  # as the card says, from the folder of the run
+    code += "\n".join(
+        [lines[0].replace("print(", "("), "print(model.model.num_parameters(), len(model.tokenizer))", ""]
+    )
+    code += lines[-1]
     done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     final = results(folder)["final"]

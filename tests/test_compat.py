@@ -149,7 +149,7 @@ def test_scores_decide_and_a_dendrite_is_added(current):
     decisions = []
     for score in (0.5, 0.4, 0.3):
         step(current)
-        decisions.append(current.add_score(score, {"train loss": 1.0}, {"test accuracy": 0.5}))
+        decisions.append(current.add_score(score, {"train loss": 1.0}, {"test accuracy": 0.5}, step=1))
     assert decisions == [Decision.CONTINUE, Decision.CONTINUE, Decision.RESTRUCTURED]
     member = GPA.pai_tracker.member_vars
     assert member["num_dendrites_added"] == current.num_dendrites == 1
@@ -177,7 +177,7 @@ def test_save_and_load_keep_all(current, tmp_path):
     """With the library's own file, and what `load` does in place of its `load_system`."""
     for score in (0.5, 0.4, 0.3):
         step(current)
-        current.add_score(score, {}, {})
+        current.add_score(score, {}, {}, step=1)
     folder = tmp_path / "checkpoint"
     folder.mkdir()
     current.save(folder)

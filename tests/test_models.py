@@ -18,10 +18,10 @@ from perforated_trainer import (
     DendriteArguments,
     PerforatedError,
     PerforatedTrainer,
-    ignore_shared_tensors,
     load_perforated_model,
     perforate,
 )
+from perforated_trainer.callbacks import PlotCallback
 
 ROOT = Path(__file__).parent.parent
 peft = pytest.mark.skipif(not importlib.util.find_spec("peft"), reason="peft is not installed")
@@ -43,7 +43,6 @@ def process():
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     logging.disable_progress_bar()
-    ignore_shared_tensors()
 
 
 class TrainedOnce(TrainerCallback):
@@ -57,12 +56,7 @@ class TrainedOnce(TrainerCallback):
         assert sorted(trained) == sorted(id(p) for p in model.parameters() if p.requires_grad)
 
 
-class Trainer(PerforatedTrainer):
-    def draw(self):
-        """Plots would take most of the time here; test_script looks at them."""
-
-
-def trainer_for(name, model, resume=None, max_steps=4, **settings):
+def trainer_for(name, model, resume=None, max_steps=4, training=None, **settings):
     args = TrainingArguments(
         output_dir="PAI",
         use_cpu=True,
@@ -76,11 +70,14 @@ def trainer_for(name, model, resume=None, max_steps=4, **settings):
         greater_is_better=False,
         resume_from_checkpoint=resume,
         report_to="none",
+        **(training or {}),
     )
     model = perforate(model, DendriteArguments(testing_dendrite_capacity=True, **settings), args)
     rows = models.rows(name)
     data = {"train_dataset": rows[8:], "eval_dataset": rows[:8]}
-    return Trainer(model=model, args=args, callbacks=[TrainedOnce()], **data)
+    trainer = PerforatedTrainer(model=model, args=args, callbacks=[TrainedOnce()], **data)
+    trainer.remove_callback(PlotCallback)  # pictures would take most of the time here; test_script looks at them
+    return trainer
 
 
 def trained(name, resume=None, **settings):
@@ -96,16 +93,18 @@ def check_reloaded(name, trainer, process, tied):
     model = trainer.model.eval()
     batch = trainer.data_collator([dict(row) for row in models.rows(name)[:4]])
     torch.save(batch, "batch.pt")
-    process.stdin.write(f"{name} {Path.cwd()}\n")
-    process.stdin.flush()
-    answer = json.loads(process.stdout.readline())
-    with torch.no_grad():
-        assert torch.equal(model(**batch).logits, torch.load("reloaded.pt"))
-    assert answer["tied"] == tied
-    assert answer["parameters"] == trainer.parameters()
-    size = sum(file.stat().st_size for file in Path("final").iterdir())
+    last = max(Path("PAI").glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[1]))
+    for part in ("final", last):
+        process.stdin.write(f"{name} {Path.cwd()} {part}\n")
+        process.stdin.flush()
+        answer = json.loads(process.stdout.readline())
+        with torch.no_grad():
+            assert torch.equal(model(**batch).logits, torch.load("reloaded.pt"))
+        assert answer["tied"] == tied
+        assert answer["parameters"] == trainer.num_parameters
+    size = sum(file.stat().st_size for file in Path("final").glob("*.safetensors"))
     buffers = sum(b.numel() * b.element_size() for b in trainer.deployed_model().buffers())
-    assert size < 1.05 * (trainer.parameters() * model.dtype.itemsize + buffers)
+    assert size < 1.05 * (trainer.num_parameters * model.dtype.itemsize + buffers)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -113,7 +112,7 @@ def test_model(name, process):
     tied = models.tied(models.build(name))
     assert bool(tied) == (name in {"BertForMaskedLM", "RobertaForMaskedLM", "GPT2LMHeadModel"} or "T5" in name)
     trainer = trained(name)
-    assert trainer.dendrites() == 2
+    assert trainer.num_dendrites == 2
     assert models.tied(trainer.model) == tied
     weights = {key: value.clone() for key, value in trainer.model.state_dict().items() if key != "tracker_string"}
 
@@ -123,13 +122,13 @@ def test_model(name, process):
     used = {id(p): p.numel() for p in trainer.model.parameters() if p.grad is not None}
     frozen = sum(p.numel() for p in trainer.deployed_model().parameters() if not p.requires_grad)
     assert (frozen > 0) == ("Lora" in name)
-    assert sum(used.values()) == trainer.parameters() - frozen
+    assert sum(used.values()) == trainer.num_parameters - frozen
     trainer.model.zero_grad()
     check_reloaded(name, trainer, process, tied)
 
     # From the middle of the second cycle, another initialization: the same weights in the end.
     resumed = trained(name, resume="PAI/checkpoint-3")
-    assert models.tied(resumed.model) == tied and resumed.dendrites() == 2
+    assert models.tied(resumed.model) == tied and resumed.num_dendrites == 2
     for key, value in weights.items():
         assert torch.equal(resumed.model.state_dict()[key], value), key
 
@@ -137,10 +136,10 @@ def test_model(name, process):
 @pytest.mark.parametrize("name", ["BertForMaskedLM", "GPT2LMHeadModel"])
 def test_a_tied_layer_can_have_dendrites(name, process):
     layer = "cls.predictions.decoder" if "Bert" in name else "lm_head"
-    tied = [[n.replace(layer, f"{layer}.layer_array.2") for n in names] for names in models.tied(models.build(name))]
+    tied = models.tied(models.build(name))
     trainer = trained(name, module_ids_to_perforate=[layer], module_names_to_perforate=[])
-    assert trainer.parameters() > 2 * models.HIDDEN * models.WORDS  # its dendrite has weights of its own
-    assert [[n.replace("main_module", "layer_array.2") for n in names] for names in models.tied(trainer.model)] == tied
+    assert trainer.num_parameters > 2 * models.HIDDEN * models.WORDS  # its dendrite has weights of its own
+    assert [[n.replace(".main_module", "") for n in names] for names in models.tied(trainer.model)] == tied
     check_reloaded(name, trainer, process, tied)
 
 
@@ -148,18 +147,18 @@ def test_two_dendrites_in_bfloat16():
     name = "RobertaForMaskedLM"
     trainer = trainer_for(name, models.build(name).to(torch.bfloat16), max_steps=100)
     trainer.train()
-    assert trainer.stopped_by == "tracker" and trainer.dendrites() == 3
+    assert trainer.stopped_by == "tracker" and trainer.num_dendrites == 3
     trainer.save_model("final")
     model, batch = load_perforated_model(type(trainer.model), "final"), trainer.data_collator(models.rows(name)[:4])
     assert model.dtype == torch.bfloat16
     assert torch.equal(model(**batch).logits, trainer.model.eval()(**batch).logits)
 
 
-def test_which_modules_get_dendrites_is_said_once(caplog):
+def test_which_modules_get_dendrites_is_said_once(capsys):
     name = "DistilBertForSequenceClassification"
     settings = {"module_names_to_track": ["FFN"], "module_ids_to_track": [".classifier"]}
     trainer = trained(name, max_steps=2, **settings)
-    lines = [message for message in caplog.messages if "No dendrites" in message]
+    lines = [line for line in capsys.readouterr().out.splitlines() if "No dendrites" in line]
     assert len(lines) == 1
     for left in ("distilbert.embeddings.word_embeddings", "distilbert.transformer.layer.*.ffn.lin1", "classifier"):
         assert left in lines[0]
@@ -223,7 +222,7 @@ def test_layers_with_two_names_get_no_dendrites():
     trainer.save_model("final")
     batch = trainer.data_collator(models.rows(name)[:4])
     loaded = load_perforated_model(TwoNames, "final")
-    assert loaded.body is loaded.bert and len(loaded.head.layer_array) == 3
+    assert loaded.body is loaded.bert and loaded.head.num_dendrites == 2
     assert torch.equal(loaded(**batch).logits, trainer.model.eval()(**batch).logits)
 
 

@@ -45,7 +45,7 @@ def test_two_processes_go_through_restructures(two):
 
 def test_only_one_process_speaks_and_all_end_cleanly(two):
     log = (two / "log.txt").read_text()
-    assert log.count("0 -> 1 dendrites") == log.count("final: ") == log.count("cannot be reached") == 1
+    assert log.count("0 -> 1 dendrite,") == log.count("final: ") == log.count("cannot be reached") == 1
     assert not re.search("Warning|warning|Traceback|process group|NCCL", log), log
 
 
@@ -60,7 +60,7 @@ def test_all_processes_hold_the_same_parameters(two):
 def test_two_processes_are_killed_and_resume(two, tmp_path):
     process = torchrun(tmp_path, ROOT / "mnist_huggingface_perforatedai.py", *FLAGS)
     deadline = time.monotonic() + 120
-    while "0 -> 1 dendrites" not in (tmp_path / "log.txt").read_text() and time.monotonic() < deadline:
+    while "0 -> 1 dendrite," not in (tmp_path / "log.txt").read_text() and time.monotonic() < deadline:
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -76,7 +76,7 @@ def test_when_one_process_dies_the_other_ends(tmp_path):
 def test_a_signal_to_the_launcher_saves_a_checkpoint(tmp_path):
     process = torchrun(tmp_path, ROOT / "mnist_huggingface_perforatedai.py", *FLAGS, "--n_epochs_to_switch", "1000")
     deadline = time.monotonic() + 120
-    while "evaluations since" not in (tmp_path / "log.txt").read_text() and time.monotonic() < deadline:
+    while "evaluations without" not in (tmp_path / "log.txt").read_text() and time.monotonic() < deadline:
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGTERM)
     process.wait(60)

