@@ -13,6 +13,7 @@
 #     "pandas==3.1.1",
 #     "huggingface_hub==2.4.0",
 #     "tqdm==4.70.1",
+#     "numpy==2.4.6",
 # ]
 # ///
 """Train a Hugging Face model on MNIST with artificial dendrites, until they no longer help.

@@ -56,7 +56,7 @@ def test_one_of_several_gpus_is_used():
 
 def test_a_prepared_model_is_marked():
     model = torch.nn.Linear(2, 2)
-    Accelerator(cpu=True).prepare_model(model)
+    Accelerator(cpu=True).prepare(model)
     assert model._is_accelerate_prepared is True
     _compat.forget_preparation(model)
     assert model._is_accelerate_prepared is False

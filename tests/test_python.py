@@ -1,0 +1,83 @@
+"""What loading needs runs on newer versions of Python too, for which there is no perforatedai."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import mnist_huggingface_perforatedai as mnist
+import perforated_trainer
+from perforated_trainer.layers import add_dendrites, make_dendritic
+from perforated_trainer.remote_code import save_code
+
+ROOT = Path(__file__).parent.parent
+LOAD = """
+import sys
+sys.modules["perforatedai"] = None
+import torch
+import perforated_trainer
+from transformers import AutoModelForImageClassification
+
+model = AutoModelForImageClassification.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
+assert model.classifier[0].num_dendrites == 2
+x = torch.linspace(-1, 1, 784).view(1, 1, 28, 28)
+torch.save(model(x).logits.detach(), sys.argv[2])
+"""
+
+
+def newer_python():
+    """A Python 3.13 or later that has torch and transformers, named by PYTHON_FOR_LOADING or found on the PATH."""
+    names = [os.environ.get("PYTHON_FOR_LOADING"), "python3.13", "python3.14", "python3.15"]
+    for python in filter(None, map(shutil.which, filter(None, names))):
+        code = "import sys, importlib.util as i; assert i.find_spec('torch') and i.find_spec('transformers')"
+        if subprocess.run([python, "-c", code], capture_output=True).returncode == 0:
+            return python
+    return None
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A folder with a model of our own that has dendrites, and its logits."""
+    folder = tmp_path_factory.mktemp("saved")
+    torch.manual_seed(0)
+    model = mnist.MnistCnnForImageClassification(mnist.MnistCnnConfig()).eval()
+    add_dendrites(model.classifier[0], 2)
+    for parameter in model.classifier[0].parameters():
+        torch.nn.init.normal_(parameter)
+    make_dendritic(model).save_pretrained(folder)
+    save_code(model, folder)
+    return folder, model(torch.linspace(-1, 1, 784).view(1, 1, 28, 28)).logits.detach()
+
+
+def load(python, saved, tmp_path):
+    folder, logits = saved
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    command = [python, "-c", LOAD, str(folder), str(tmp_path / "logits.pt")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr
+    return torch.load(tmp_path / "logits.pt"), logits
+
+
+def test_a_model_loads_where_there_is_no_perforatedai(saved, tmp_path):
+    again, logits = load(sys.executable, saved, tmp_path)
+    assert torch.equal(again, logits)
+
+
+def test_training_names_the_reason_where_there_is_no_perforatedai(monkeypatch):
+    """One sentence, which also says what works."""
+    monkeypatch.setitem(sys.modules, "perforatedai", None)
+    for room in ("tracker", "trainer", "convert", "callbacks"):
+        monkeypatch.delitem(sys.modules, f"perforated_trainer.{room}", raising=False)
+    with pytest.raises(ImportError, match=r"needs perforatedai.*Loading a model with dendrites does not need it"):
+        _ = perforated_trainer.PerforatedTrainer
+
+
+@pytest.mark.skipif(newer_python() is None, reason="no Python 3.13 or later with torch and transformers is at hand")
+def test_a_model_loads_in_a_newer_python(saved, tmp_path):
+    """Another build of torch may round otherwise."""
+    again, logits = load(newer_python(), saved, tmp_path)
+    assert torch.allclose(again, logits, atol=1e-6)
