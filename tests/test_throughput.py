@@ -36,3 +36,14 @@ def test_throughput_prints_its_tables(tmp_path):
         assert min(float(number.replace(",", "")) for number in row[1:4]) > 0 and re.search("met|missed", row[4]), row
     assert all(word in run.stdout for word in ("cores", "torch 2", "perforatedai 3", "seed 0", "--repeats 1"))
     assert not list(tmp_path.iterdir()), "runs are made elsewhere"
+
+
+def test_scale_prints_its_table(tmp_path):
+    command = [sys.executable, str(ROOT / "benchmarks" / "scale.py"), "--dendrites", "1", "--steps", "1"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    rows = [
+        line.strip("| ").split(" | ") for line in run.stdout.splitlines() if line.startswith(("| BERT", "| ResNet"))
+    ]
+    assert [row[:2] for row in rows] == [["BERT", "0"], ["BERT", "1"], ["ResNet", "0"], ["ResNet", "1"]]
+    assert all(min(float(number.replace(",", "")) for number in row[2:]) > 0 for row in rows)
