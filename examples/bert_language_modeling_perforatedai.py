@@ -271,6 +271,8 @@ def run(argv=None) -> int:
         print(f"network: {type(model).__name__}, {trainer.num_parameters:,} parameters, on {training_args.device}")
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_results({"name": name, **sizes})
+    if training_args.push_to_hub:
+        trainer.push_to_hub()  # final/, the model with its card
     return 0
 
 

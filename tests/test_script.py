@@ -358,7 +358,7 @@ def test_a_terminal_shows_a_bar_and_is_never_asked(tmp_path):
         ("--fsdp", "torchrun"),
         ("--deepspeed ds.json", "torchrun"),
         ("--data_dir nowhere", "train-images-idx3-ubyte"),
-        ("--dataset_name nobody/nothing", "--dataset_name nobody/nothing cannot be had"),
+        ("--dataset_name nobody/nothing", "--dataset_name nobody/nothing cannot be loaded"),
         ("--resume_from_checkpoint nowhere", "there is no such checkpoint folder"),
         ("--learning_rate fast", "--learning_rate"),
     ],
