@@ -10,7 +10,14 @@ from pathlib import Path
 import models
 import pytest
 import torch
-from transformers import BertConfig, BertModel, BertPreTrainedModel, TrainerCallback, TrainingArguments
+from transformers import (
+    BertConfig,
+    BertModel,
+    BertPreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils import logging
 
@@ -58,7 +65,6 @@ class TrainedOnce(TrainerCallback):
 
 def trainer_for(name, model, resume=None, max_steps=4, training=None, **settings):
     args = TrainingArguments(
-        output_dir="PAI",
         use_cpu=True,
         max_steps=max_steps,
         eval_strategy="steps",
@@ -69,8 +75,7 @@ def trainer_for(name, model, resume=None, max_steps=4, training=None, **settings
         metric_for_best_model="loss",
         greater_is_better=False,
         resume_from_checkpoint=resume,
-        report_to="none",
-        **(training or {}),
+        **{"report_to": "none", "output_dir": "PAI"} | (training or {}),
     )
     model = perforate(model, DendriteArguments(testing_dendrite_capacity=True, **settings), args)
     rows = models.rows(name)
@@ -131,6 +136,39 @@ def test_model(name, process):
     assert models.tied(resumed.model) == tied and resumed.num_dendrites == 2
     for key, value in weights.items():
         assert torch.equal(resumed.model.state_dict()[key], value), key
+
+
+@pytest.mark.parametrize("name", ["BertForMaskedLM", "ResNetForImageClassification"])
+def test_a_loaded_model_is_trained_on_and_gets_more_dendrites(name):
+    trained(name).save_model("first")
+    loaded = models.model_class(name).from_pretrained("first")
+    assert loaded.num_parameters() > models.build(name).num_parameters()
+
+    # By the stock Trainer, as it is.
+    args = TrainingArguments("stock", max_steps=2, use_cpu=True, report_to="none", save_strategy="no")
+    stock = Trainer(model=models.model_class(name).from_pretrained("first"), args=args, train_dataset=models.rows(name))
+    before = {key: value.clone() for key, value in stock.model.state_dict().items() if "dendrite" in key}
+    stock.train()
+    assert any(not torch.equal(value, stock.model.state_dict()[key]) for key, value in before.items())
+    stock.save_model("second")
+    again = models.model_class(name).from_pretrained("second")
+    assert all(torch.equal(value, again.state_dict()[key]) for key, value in stock.model.state_dict().items())
+
+    # By PerforatedTrainer, which adds more; killed and resumed, the same bits.
+    weights, constant = [], {"lr_scheduler_type": "constant"}
+    for folder, resume in (("more", None), ("halves", None), ("halves", True)):
+        model = models.model_class(name).from_pretrained("first")
+        steps = 4 if folder == "halves" and not resume else 100
+        trainer = trainer_for(name, model, max_steps=steps, training={"output_dir": folder} | constant)
+        batch = trainer.data_collator([dict(row) for row in models.rows(name)[:4]])
+        assert trainer.num_dendrites == 2 and trainer.num_parameters == loaded.num_parameters()
+        with torch.no_grad():
+            assert torch.equal(trainer.model.eval()(**batch).logits, loaded(**batch).logits)
+        trainer.train(resume_from_checkpoint=resume)
+        weights.append(trainer.deployed_model().state_dict())
+    assert trainer.num_dendrites == 5 and trainer.stopped_by == "tracker"
+    assert weights[0].keys() == weights[2].keys()
+    assert all(torch.equal(value, weights[2][key]) for key, value in weights[0].items())
 
 
 @pytest.mark.parametrize("name", ["BertForMaskedLM", "GPT2LMHeadModel"])
