@@ -62,7 +62,7 @@ logger = logging.get_logger(__name__)
 
 # ------------------------------------------------------------------------------------- REPLACE: settings of the example
 
-# Chosen on validation scores, see README. Any flag of TrainingArguments can be given on the command line.
+# Chosen on validation scores, see docs/results.md. Any flag of TrainingArguments can be given on the command line.
 TRAINING_DEFAULTS = {
     "num_train_epochs": 1_000_000,  # practically endless: the tracker says when training is complete
     "eval_strategy": "steps",
