@@ -99,7 +99,7 @@ class PublishingTrainer(Trainer):
             with in_one_line(self.run_folder / checkpoint.FINAL):
                 self._write_final()
                 checkpoint.write_whole(self.run_folder / checkpoint.RESULTS, json.dumps(self.results, indent=2) + "\n")
-            if "control" in self.results:
+            if "control" in self.results and self.tracker.same_network:
                 self._draw_run_with_control(Path(run))
         say(report.summary(self.results, self.run_folder))
         if self.dendrite_args.testing_dendrite_capacity:
