@@ -22,6 +22,34 @@ def test_links_lead_to_files(page):
     assert [link for link in links if not (page.parent / link).exists()] == []
 
 
+def test_the_front_page_leads_to_each_page():
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / "README.md").read_text())
+    assert {page for page in PAGES if page.name != "README.md"} <= {(ROOT / link).resolve() for link in links}
+    assert "benchmarks/README.md" in links
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_tables_end_with_an_empty_line(page):
+    """Else what follows becomes a row."""
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    assert re.findall(r"^\|.*\|\n[^|\n].*", text, re.MULTILINE) == []
+
+
+def test_each_room_has_its_line():
+    rooms = re.search(r"## The rooms\n(.*?)\n## ", (ROOT / "docs" / "how_it_works.md").read_text(), re.DOTALL)[1]
+    files = {path.name for path in (ROOT / "perforated_trainer").glob("*.py")} - {"__init__.py"}
+    named = [cell.split("|")[1] for cell in rooms.splitlines() if cell.startswith("| `")]
+    assert sorted(re.findall(r"`(\w+\.py)`", " ".join(named))) == sorted(files)
+
+
+def test_settings_that_are_named_exist():
+    from perforated_trainer import DendriteArguments
+
+    (part,) = re.findall(r"\| to \| set \|\n(.*?)\n\n", (ROOT / "docs" / "your_model.md").read_text(), re.DOTALL)
+    named = re.findall(r"`(\w+)`", " ".join(row.split("|")[2] for row in part.splitlines()))
+    assert len(named) > 5 and set(named) <= set(DendriteArguments.__dataclass_fields__)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_files_that_are_named_are_there(page):
     named = re.findall(
@@ -57,7 +85,8 @@ def test_every_flag_of_the_front_page_exists():
 
     parser = HfArgumentParser((script.DataArguments, DendriteArguments, TrainingArguments))
     known = {flag for action in parser._actions for flag in action.option_strings}
-    for page in PAGES[:1] + [ROOT / "docs" / name for name in ("processes.md", "resume.md", "any_script.md")]:
+    names = "processes resume any_script how_it_works your_model from_the_old_instructions".split()
+    for page in PAGES[:1] + [ROOT / "docs" / f"{name}.md" for name in names]:
         text = re.sub(r"`?(python|torchrun|pip|pytest)[^`\n]*", "", page.read_text())
         flags = set(re.findall(r"`(--\w+)", text))
         assert flags <= known, flags - known
