@@ -41,16 +41,16 @@ SETTINGS = (
 ).split()
 
 
+def parameters_of(widths: list[int]) -> int:
+    """Number of parameters of the script's network with these widths, without dendrites."""
+    first, second, hidden = widths
+    return 26 * first + (25 * first + 1) * second + (4 * second + 1) * hidden + 10 * (hidden + 1)
+
+
 def widths_for(count: int) -> list[int]:
     """Widths in about the proportions 1 : 2 : 4 whose network has as nearly `count` parameters as can be."""
-
-    def distance(widths):
-        first, second, hidden = widths
-        parameters = 26 * first + (25 * first + 1) * second + (4 * second + 1) * hidden + 10 * (hidden + 1)
-        return abs(parameters - count)
-
-    near = [(w, 2 * w + i, 4 * w + j) for w in range(1, 100) for i in (-1, 0, 1) for j in range(-3, 4)]
-    return list(min(near, key=distance))
+    near = [[w, 2 * w + i, 4 * w + j] for w in range(1, 100) for i in (-1, 0, 1) for j in range(-3, 4)]
+    return min(near, key=lambda widths: abs(parameters_of(widths) - count))
 
 
 # ------------------------------------------------------------------------------------------------------------- one run
@@ -138,11 +138,18 @@ def mean_and_spread(values: list[float]) -> str:
     return f"{statistics.mean(values):.2f}{spread}"
 
 
-def print_table(records: list[dict]) -> None:
-    """Means ± standard deviations of each experiment, and the dendrites' gain against each other one."""
+def print_table(records: list[dict], rows: list[str] = EXPERIMENTS, ours: str = WITH, score: str = "test") -> None:
+    """Means ± standard deviations of each experiment, and the gain of one of them against each other one.
+
+    Args:
+        records: of the runs.
+        rows: the experiments, in the order of the table.
+        ours: the one that is compared with the others.
+        score: whose error is compared, "test" or "validation".
+    """
     print("\n| experiment | seeds | dendrites | parameters | steps | CPU s | validation error, % | test error, % |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
-    for experiment in EXPERIMENTS:
+    for experiment in rows:
         if runs := [record for record in records if record["experiment"] == experiment]:
             cells = [experiment, len(runs), f"{statistics.mean(run['dendrites'] for run in runs):.1f}"]
             for key in ("parameters", "steps", "cpu_seconds"):
@@ -150,13 +157,13 @@ def print_table(records: list[dict]) -> None:
             cells += [mean_and_spread([run[key] for run in runs]) for key in ("validation_error", "test_error")]
             print("|", " | ".join(map(str, cells)), "|")
     print()
-    error = {(record["experiment"], record["seed"]): record["test_error"] for record in records}
-    for other in EXPERIMENTS:
-        seeds = [seed for experiment, seed in error if experiment == other and (WITH, seed) in error]
-        if other != WITH and seeds:
-            gain = reduction([error[WITH, seed] for seed in seeds], [error[other, seed] for seed in seeds])
+    error = {(record["experiment"], record["seed"]): record[f"{score}_error"] for record in records}
+    for other in rows:
+        seeds = [seed for experiment, seed in error if experiment == other and (ours, seed) in error]
+        if other != ours and seeds:
+            gain = reduction([error[ours, seed] for seed in seeds], [error[other, seed] for seed in seeds])
             own = "; the dendrites' own share" if other == CONTROL else ""
-            print(f'test error {WITH} lower than of "{other}", %: {gain}{own}')
+            print(f'{score} error {ours} lower than of "{other}", %: {gain}{own}')
 
 
 def print_first_runs(records: list[dict]) -> None:
@@ -183,8 +190,18 @@ def print_first_runs(records: list[dict]) -> None:
 # ------------------------------------------------------------------------------------------------------- the campaign
 
 
-def next_job(todo: list[tuple[str, int]], done: list[dict], flags: list[str], runs: Path, embedded: bool):
-    """Take from `todo` the first (experiment, seed) that is not recorded and can run; return it with its job."""
+def next_job(
+    todo: list[tuple[str, int]], done: list[dict], flags: list[str], runs: Path, embedded: bool, networks: dict
+):
+    """Take from `todo` the first (experiment, seed) that is not recorded and can run; return it with its job.
+
+    Args:
+        todo, done: what is left to run, and the records of what was run with these flags.
+        flags: of the script.
+        runs: the beginning of the name of the folders of runs with dendrites.
+        embedded: as in `run`.
+        networks: widths for a number of parameters, a function for each network that an experiment can be named after.
+    """
     for experiment, seed in list(todo):
         found = {record["experiment"]: record for record in done if record["seed"] == seed}
         if experiment in found:
@@ -199,8 +216,8 @@ def next_job(todo: list[tuple[str, int]], done: list[dict], flags: list[str], ru
         elif WITH not in found:  # not yet
             continue
         else:
-            if experiment.startswith("wider"):
-                job["widths"] = widths_for(found[WITH]["parameters"])
+            if widths := networks.get(experiment.removesuffix(", same training")):
+                job["widths"] = widths(found[WITH]["parameters"])
             if "same training" in experiment:
                 job["control_of"] = str(of_dendrites)
             else:
@@ -239,7 +256,7 @@ def main() -> None:
         return [record for record in recorded(results) if label.items() <= record.items()]
 
     def next_run():
-        chosen = next_job(todo, mine(), flags, args.runs.resolve() / name, args.first_run)
+        chosen = next_job(todo, mine(), flags, args.runs.resolve() / name, args.first_run, {"wider": widths_for})
         return chosen and (label | {"experiment": chosen[0]}, chosen[1], results)
 
     if not args.table:

