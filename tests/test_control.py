@@ -11,7 +11,7 @@ import kills
 import numpy as np
 import pytest
 import torch
-from transformers import EvalPrediction, TrainingArguments
+from transformers import EvalPrediction, TrainerCallback, TrainingArguments
 
 from mnist_huggingface_perforatedai import MnistCnnConfig, MnistCnnForImageClassification, compute_metrics
 from perforated_trainer import DendriteArguments, PerforatedError, PerforatedTrainer
@@ -178,7 +178,7 @@ def recall(prediction):
     return {"recall": float(np.mean([found[prediction.label_ids == label].mean() for label in range(2)]))}
 
 
-def train(folder, metrics, steps=7, control_of=None, **settings):
+def train(folder, metrics, steps=7, control_of=None, widths=(4, 8, 16), callbacks=(), **settings):
     """Train the script's network in this process, to step 7, which is not one at which it is evaluated."""
     args = TrainingArguments(
         output_dir=folder,
@@ -197,8 +197,9 @@ def train(folder, metrics, steps=7, control_of=None, **settings):
     )
     torch.manual_seed(0)
     trainer = PerforatedTrainer(
-        model=MnistCnnForImageClassification(MnistCnnConfig()),
+        model=MnistCnnForImageClassification(MnistCnnConfig(widths=widths)),
         args=args,
+        callbacks=list(callbacks),
         dendrite_args=DendriteArguments(n_epochs_to_switch=1, control_of=control_of),
         train_dataset=rows(64),
         eval_dataset=rows(40),
@@ -224,6 +225,39 @@ def test_any_score(tmp_path, monkeypatch, score):
     else:
         low, high = verdict["interval_95"]
         assert low <= verdict["difference"] <= high
+
+
+class Starts(TrainerCallback):
+    """Keeps what each cycle begins with, and each weights that were the best."""
+
+    def __init__(self):
+        self.seen, self.best = [], {}
+
+    def on_train_begin(self, args, state, control, model, optimizer, **kwargs):
+        weights = {name: value.clone() for name, value in model.state_dict().items()}
+        self.seen.append((weights, len(optimizer.state), optimizer.param_groups[0]["lr"], state.global_step))
+
+    def on_evaluate(self, args, state, control, model, metrics, **kwargs):
+        if "eval_accuracy" in metrics:  # not for the results at the end
+            weights = {name: value.clone() for name, value in model.state_dict().items()}
+            self.best.setdefault(metrics["eval_accuracy"], (weights, state.global_step))
+
+
+def test_a_wider_control_starts_from_its_best_weights_each_time(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ControlTracker, "same_network", False)
+    train("run", compute_metrics, steps=30, metric_for_best_model="accuracy")
+    starts = Starts()
+    settings = {"control_of": "run", "widths": (6, 12, 24), "metric_for_best_model": "accuracy"}
+    control = train("control", compute_metrics, steps=-1, callbacks=[starts], **settings)
+    assert [step for *_, step in starts.seen] == [0, *control["restarts"]] and len(starts.seen) > 1
+    moved_back = 0
+    for weights, moments, rate, restart in starts.seen[1:]:
+        best, step = starts.best[max(score for score, (_, step) in starts.best.items() if step <= restart)]
+        assert moments == 0 and rate == 1e-2
+        assert all(torch.equal(value, best[name]) for name, value in weights.items())
+        moved_back += step < restart
+    assert moved_back
 
 
 def test_a_control_that_was_cut_short_has_no_verdict(tmp_path, monkeypatch):
