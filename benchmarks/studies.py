@@ -104,6 +104,7 @@ NETWORKS = {"wider": widths_for, "equal memory": widths_in_memory}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--studies", nargs="+", default=list(STUDIES), choices=STUDIES)
+    parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=SETTINGS, help="run only these")
     parser.add_argument("--seeds", type=int, nargs="+", help="default: those of each study")
     parser.add_argument("--results", type=Path, default=RESULTS.with_name("studies.jsonl"))
     parser.add_argument("--runs", type=Path, default=ROOT / "benchmarks" / "runs", help="where run folders stay")
@@ -124,7 +125,8 @@ def main() -> None:
     for seed in sorted({seed for study in args.studies for seed in seeds(study)}):
         for study in args.studies:
             for setting, experiment in STUDIES[study].rows.values() if seed in seeds(study) else []:
-                if (entry := (setting, [(experiment, seed)])) not in todo:
+                entry = (setting, [(experiment, seed)])
+                if setting in args.settings and entry not in todo:
                     todo.append(entry)
 
     def next_run():

@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "dendrites.jsonl"
@@ -76,12 +78,57 @@ def test_a_search_records_its_trials(tmp_path):
     assert len(results.read_text().splitlines()) == 1
 
 
+def test_a_study_records_its_runs_and_does_not_repeat_them(tmp_path):
+    results = tmp_path / "studies.jsonl"
+    flags = ["--results", results, "--runs", tmp_path / "runs", "--seeds", "7", "--processes", "1", *TINY]
+    flags += ["--n_epochs_to_switch", "2", "--studies", "memory"]
+    first = call("studies.py", *flags)
+    records = [json.loads(line) for line in results.read_text().splitlines()]
+    check_table(records, first)
+    runs = {record["experiment"]: record for record in records}
+    with_dendrites = runs.pop("with dendrites")
+    assert set(runs) == {"equal memory", "equal memory, same training", "same training, no dendrites"}
+    for name, run in runs.items():
+        assert run["dendrites"] == 0 and (run["restarts"] != []) == ("same training" in name)
+        assert run["widths"][0] == 4 and largest_pair(run["widths"]) <= largest_pair([4, 8, 16]) == 5440
+        assert run["parameters"] == pytest.approx(
+            1610 if name == "same training, no dendrites" else with_dendrites["parameters"], rel=0.01
+        )
+    written = results.read_bytes()
+    assert first.endswith(call("studies.py", *flags))
+    assert results.read_bytes() == written
+
+
+def largest_pair(widths):
+    """Bytes of the largest input and output of a layer with weights, measured on the script's network."""
+    from mnist_huggingface_perforatedai import MnistCnnConfig, MnistCnnForImageClassification
+
+    model, pairs = MnistCnnForImageClassification(MnistCnnConfig(widths=widths)), []
+    for module in model.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            module.register_forward_hook(lambda _, inputs, output: pairs.append(inputs[0].nbytes + output.nbytes))
+    model(torch.zeros(1, 1, 28, 28))
+    assert len(pairs) == 4
+    return max(pairs)
+
+
 @pytest.mark.skipif(not RESULTS.is_file(), reason="no campaign is recorded")
 @pytest.mark.parametrize("data", [["--data_dir", "mnist"], []], ids=["complete", "default"])
 def test_the_table_is_that_of_the_records(data, tmp_path):
     records = [json.loads(line) for line in RESULTS.read_text().splitlines()]
     records = [record for record in records if record["data"] == (data[-1] if data else "default")]
     check_table(records, call("dendrites.py", "--table", "--results", RESULTS, *data))
+
+
+@pytest.mark.parametrize("study", ["little data", "memory"])
+def test_the_table_of_a_study_is_that_of_the_records(study):
+    results = RESULTS.with_name("studies.jsonl")
+    if not results.is_file():
+        pytest.skip("no study is recorded")
+    printed = call("studies.py", "--table", "--studies", study)
+    rows = set(re.findall(r"^\| ([^|]+) \| \d", printed, re.MULTILINE))
+    records = [json.loads(line) for line in results.read_text().splitlines()]
+    check_table([record for record in records if record["flags"] == [] and record["experiment"] in rows], printed)
 
 
 def test_a_table_of_made_up_records(tmp_path):
@@ -129,6 +176,7 @@ def check_table(records, printed):
         (["dendrites.py", "--table", "--data_dir", "mnist"], "dendrites.jsonl"),
         (["dendrites.py", "--table", "--first_run"], "first_run.jsonl"),
         (["search.py", "--table"], "search.jsonl"),
+        (["studies.py", "--table"], "studies.jsonl"),
         (["bert.py"], "bert.jsonl"),
     ],
 )
@@ -137,7 +185,8 @@ def test_the_pages_show_what_is_recorded(command, file):
     if not (RESULTS.parent / file).is_file():
         pytest.skip(f"no {file} is recorded")
     records = {path: path.read_bytes() for path in RESULTS.parent.iterdir()}
-    printed = [line for line in call(*command).splitlines() if line.startswith(("| ", "test error with"))]
+    starts = ("| ", "test error with", "validation error with")
+    printed = [line for line in call(*command).splitlines() if line.startswith(starts)]
     assert len(printed) > 3
     pages = [line for page in (ROOT / "README.md", *ROOT.glob("docs/*.md")) for line in page.read_text().splitlines()]
     assert [line for line in printed if line not in pages and f"- {line}" not in pages] == []
