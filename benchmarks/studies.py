@@ -46,12 +46,14 @@ class Study:
         score: whose error is compared, "test" or "validation".
         seeds: how many, from 0 on.
         rows: for each row the setting and the experiment.
+        also: a file of benchmarks/results whose records count where there are none of that seed.
     """
 
     ours: str
     score: str
     seeds: int
     rows: dict[str, tuple[str, str]]
+    also: str = ""
 
 
 STUDIES = {
@@ -61,6 +63,7 @@ STUDIES = {
         5,
         {name: (name, WITH) for name in SETTINGS if name not in ("defaults", "linear")}
         | {DEFAULTS: ("defaults", WITH)},
+        also="first_run.jsonl",  # the same command
     ),
     "little data": Study(WITH, "test", 10, {name: ("defaults", name) for name in EXPERIMENTS}),
     "memory": Study(WITH, "test", 10, {name: ("defaults", name) for name in [CONTROL, WITH, *MEMORY]}),
@@ -118,8 +121,8 @@ def main() -> None:
     def seeds(study):
         return args.seeds or list(range(STUDIES[study].seeds))
 
-    def records(setting):
-        return [record for record in recorded(args.results) if label(setting).items() <= record.items()]
+    def records(setting, results=args.results):
+        return [record for record in recorded(results) if label(setting).items() <= record.items()]
 
     todo = []  # (setting, [(experiment, seed)]), each once
     for seed in sorted({seed for study in args.studies for seed in seeds(study)}):
@@ -141,14 +144,14 @@ def main() -> None:
         in_processes(next_run, args.processes)
     for name in args.studies:
         study = STUDIES[name]
-        shown = [
-            record | {"experiment": row}
-            for row, (setting, experiment) in study.rows.items()
-            for record in records(setting)
-            if record["experiment"] == experiment and record["seed"] in seeds(name)
-        ]
+        shown = {}
+        for row, (setting, experiment) in study.rows.items():
+            others = records(setting, RESULTS.with_name(study.also)) if study.also else []
+            for record in [*others, *records(setting)]:
+                if record["experiment"] == experiment and record["seed"] in seeds(name):
+                    shown[row, record["seed"]] = record | {"experiment": row}
         print(f"\n{name}")
-        print_table(shown, list(study.rows), study.ours, study.score)
+        print_table(list(shown.values()), list(study.rows), study.ours, study.score)
 
 
 if __name__ == "__main__":
