@@ -28,7 +28,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-IMPORTS = "import torch, perforatedai; from transformers import Trainer; import os; os._exit(0)"
+# `import perforatedai` alone imports next to nothing; its users import this module.
+IMPORTS = """
+import os, torch
+from perforatedai import utils_perforatedai
+from transformers import Trainer
+os._exit(0)
+"""
 START = """
 import os, sys
 from transformers import TrainerCallback, trainer

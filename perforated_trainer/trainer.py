@@ -29,13 +29,14 @@ from transformers import (
 from transformers import ProgressCallback as StockProgressCallback
 from transformers.trainer_utils import TrainOutput
 
-from . import _compat, checkpoint, report, schedule
+from . import _compat, checkpoint, report, schedule, shortcuts
 from .arguments import DendriteArguments, PerforatedError, check_arguments, compared_settings, is_resumed
 from .callbacks import (
     FiniteLossCallback,
     LogBeforeSaveCallback,
     PlotCallback,
     ProgressCallback,
+    ShortcutsCallback,
     StopSignalCallback,
     say,
 )
@@ -81,13 +82,14 @@ class PerforatedTrainer(PublishingTrainer):
         self._was_free = not self.run_folder.is_dir() or not any(self.run_folder.iterdir())
         self._stop_was_asked = False
         self._fixed = self.dendrite_args.switch_mode == "fixed"
-        self.test_metrics, self.restarts, self._data = {}, [], None
+        self.test_metrics, self.restarts, self._data, self._test_loader = {}, [], None, None
         self.stop_signal = StopSignalCallback()
         for callback in (StockProgressCallback, PrinterCallback):
             self.remove_callback(callback)
         greater = self.args.greater_is_better
         patience = None if self._fixed else self.dendrite_args.n_epochs_to_switch
         self.progress = ProgressCallback(self.score_name, greater, patience)
+        self.plot = PlotCallback(self.score_name, greater)
         if self._fixed:
             self.add_callback(schedule.CycleEndCallback())
         for callback in (
@@ -95,7 +97,8 @@ class PerforatedTrainer(PublishingTrainer):
             LogBeforeSaveCallback(),
             FiniteLossCallback(),
             self.progress,
-            PlotCallback(self.score_name, greater),
+            ShortcutsCallback(),
+            self.plot,
             *self.tracker.callbacks,
         ):
             self.add_callback(callback)
@@ -117,7 +120,8 @@ class PerforatedTrainer(PublishingTrainer):
 
     def deployed_model(self) -> PreTrainedModel:
         """A copy of the model without training scaffolding; same logits to the last bit."""
-        return self.tracker.deployed_model()
+        with shortcuts.without(self.model):
+            return self.tracker.deployed_model()
 
     # ---------------------------------------------------------------- training, one Trainer.train() per dendrite cycle
 
@@ -161,7 +165,10 @@ class PerforatedTrainer(PublishingTrainer):
                     self.model_wrapped = self.model
                     _compat.forget_preparation(self.model)
                     self._began = time.monotonic()
-                    output = super().train(str(start) if start else None, *args, **kwargs)
+                    try:
+                        output = super().train(str(start) if start else None, *args, **kwargs)
+                    finally:
+                        shortcuts.drop(self.model)
                     self.train_seconds += time.monotonic() - self._began
                     stopped = self._stop_was_asked and self.decision is Decision.RESTRUCTURED
                     if stopped or self.decision is Decision.CONTINUE:
@@ -173,6 +180,8 @@ class PerforatedTrainer(PublishingTrainer):
             if not start:
                 raise
             raise PerforatedError(f"{start} holds a file that is not plain data: {error}") from error
+        if self.plot in self.callback_handler.callbacks:  # a caller may have removed it
+            self.plot.draw(self.args, self.state)
         self.accelerator.wait_for_everyone()
         if self.stop_signal.number and not complete:
             command = shlex.join(["python", *sys.argv, "--resume_from_checkpoint", "true"])
@@ -311,6 +320,17 @@ class PerforatedTrainer(PublishingTrainer):
         if self.is_in_train and eval_dataset is None and self.test_dataset is not None:
             self.test_metrics = super().evaluate(self.test_dataset, ignore_keys, "test", **kwargs)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix, **kwargs)
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        """As `Trainer.get_eval_dataloader`; the test data has a loader of its own.
+
+        With `dataloader_persistent_workers` the Trainer keeps one loader, and would give it for any other data, too.
+        """
+        if eval_dataset is None or eval_dataset is not self.test_dataset:
+            return super().get_eval_dataloader(eval_dataset)
+        if self._test_loader is None or not self.args.dataloader_persistent_workers:
+            self._test_loader = self.get_test_dataloader(eval_dataset)
+        return self._test_loader
 
     def _evaluate(self, trial, ignore_keys_for_eval, skip_scheduler=False):
         """As `Trainer._evaluate`, the evaluations while training; then the tracker decides how to go on."""
