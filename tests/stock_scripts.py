@@ -181,9 +181,8 @@ def image_classification():
     def compute_metrics(p):
         return {"accuracy": float((np.argmax(p.predictions, axis=1) == p.label_ids).mean())}
 
-    config = AutoConfig.for_model(
-        "vit", image_size=16, patch_size=4, label2id={n: i for i, n in enumerate(names)}, **SMALL_BERT
-    )
+    config = AutoConfig.for_model("resnet", embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
+    config.label2id = {name: i for i, name in enumerate(names)}
     config.id2label = dict(enumerate(names))
     model = AutoModelForImageClassification.from_config(config)
     image_processor = ViTImageProcessor(size={"height": 16, "width": 16})
@@ -229,15 +228,16 @@ def text_classification():
         model_args, data_args, training_args = parser.parse_args_into_dataclasses()
     start(training_args)
 
-    label_list, adjectives = ["negative", "positive"], "dull bright slow quick sad funny flat warm weak strong".split()
+    label_list = ["1 star", "2 stars", "3 stars", "4 stars", "5 stars"]
+    adjectives = "awful terrible weak dull fair decent good nice great superb".split()
     rows = [*product(("the", "this"), "film plot cast song end".split(), "so very too".split(), range(10))]
     rows = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))[:300]]
     texts = [f"{article} {noun} was {adverb} {adjectives[number]}" for article, noun, adverb, number in rows]
-    labels = [number % 2 for *_, number in rows]
+    labels = [number // 2 for *_, number in rows]
     raw_datasets = split(sentence=texts, label=labels)
     tokenizer = word_pieces([text.split() for text in texts])
     config = AutoConfig.for_model(
-        "distilbert", vocab_size=len(tokenizer), dim=32, n_layers=1, n_heads=2, hidden_dim=64, num_labels=2
+        "distilbert", vocab_size=len(tokenizer), dim=32, n_layers=1, n_heads=2, hidden_dim=64, num_labels=5
     )
     model = AutoModelForSequenceClassification.from_config(config)
     model.config.label2id = {label: i for i, label in enumerate(label_list)}

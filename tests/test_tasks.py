@@ -30,8 +30,8 @@ TASKS = {  # the class that loads the model
 SHORT = "--output_dir run --max_dendrites 3 --max_dendrite_tries 4 --save_strategy no --use_cpu --report_to none "
 SHORT += "--per_device_eval_batch_size 64 --per_device_train_batch_size "
 OWN = {
-    "image_classification": "8 --num_train_epochs 1 --learning_rate 2e-3",
-    "text_classification": "8 --num_train_epochs 1 --learning_rate 3e-3",
+    "image_classification": "8 --num_train_epochs 1 --learning_rate 1e-3",
+    "text_classification": "8 --num_train_epochs 1 --learning_rate 6e-3",
     "token_classification": "16 --num_train_epochs 1 --learning_rate 1e-3",
     "masked_language_modeling": "16 --num_train_epochs 1 --learning_rate 2e-3",
     "causal_language_modeling": "16 --num_train_epochs 1 --learning_rate 2e-3",
