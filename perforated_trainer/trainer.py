@@ -132,6 +132,8 @@ class PerforatedTrainer(PublishingTrainer):
             resume_from_checkpoint: a checkpoint's folder; True or "true" for the newest complete checkpoint.
             others: as `Trainer.train`.
 
+        Returns what `Trainer.train` does, for all cycles together.
+
         Raises PerforatedError for a folder that is not free, a checkpoint that cannot be used, a loss that is not
         finite, a disk that is full, and after a signal.
         """
@@ -193,7 +195,22 @@ class PerforatedTrainer(PublishingTrainer):
             self.tracker.restore_best()
         if warning := report.no_dendrite_came(self.dendrite_args, self.state.log_history, self.score_name):
             say(warning)
-        return output or TrainOutput(self.state.global_step, 0.0, {})
+        return self._of_all_cycles(output or TrainOutput(self.state.global_step, 0.0, {}))
+
+    def _of_all_cycles(self, output: TrainOutput) -> TrainOutput:
+        """The output of the last cycle's `Trainer.train()`, with time, speed and loss of the whole training."""
+        if not self.restarts or not self.train_seconds:
+            return output
+        steps, args = self.state.global_step, self.args
+        batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        loss = report.mean_loss(self.state.log_history)
+        metrics = {
+            "train_runtime": round(self.train_seconds, 4),
+            "train_samples_per_second": round(steps * batch / self.train_seconds, 3),
+            "train_steps_per_second": round(steps / self.train_seconds, 3),
+            "train_loss": loss,
+        }
+        return TrainOutput(steps, loss, output.metrics | metrics)
 
     def _claim(self, resumed: bool) -> None:
         """Make `output_dir` the folder of this run, in rank 0; the others look whether they see it."""
