@@ -80,7 +80,12 @@ TRAINING_DEFAULTS = {
     "report_to": "none",
 }
 PLATEAU_DEFAULTS = {"factor": 0.3, "patience": 1}  # a patience below n_epochs_to_switch
-DENDRITE_DEFAULTS = {"save_name": "mnistHF", "n_epochs_to_switch": 3, "max_dendrites": 3}
+DENDRITE_DEFAULTS = {
+    "save_name": "mnistHF",
+    "n_epochs_to_switch": 3,
+    "max_dendrites": 3,
+    "dendrite_init_scale": 0.1,  # with the library's 0.01 a new dendrite is nearly a constant
+}
 
 
 @dataclass

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from test_script import write_idx
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -47,3 +49,13 @@ def test_scale_prints_its_table(tmp_path):
     ]
     assert [row[:2] for row in rows] == [["BERT", "0"], ["BERT", "1"], ["ResNet", "0"], ["ResNet", "1"]]
     assert all(min(float(number.replace(",", "")) for number in row[2:]) > 0 for row in rows)
+
+
+def test_the_hubs_form_is_timed(tmp_path):
+    write_idx(tmp_path)
+    flags = ["--data_dir", str(tmp_path), "--max_steps", "4", "--eval_steps", "2", "--use_cpu"]
+    command = [sys.executable, str(ROOT / "benchmarks" / "hub_form.py"), *flags]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert "stopped by max_steps at step 4" in run.stdout
+    assert re.search(r"120 PNGs; launch to final table \d+ s, of which training \d+ s for 4 steps", run.stdout)
