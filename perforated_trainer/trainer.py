@@ -214,24 +214,27 @@ class PerforatedTrainer(PublishingTrainer):
 
     def _claim(self, resumed: bool) -> None:
         """Make `output_dir` the folder of this run, in rank 0; the others look whether they see it."""
-        token, error = broadcast_object_list([uuid.uuid4().hex, None])[0], None
+        token, error, before = broadcast_object_list([uuid.uuid4().hex])[0], None, {}
         if self.is_world_process_zero():
             try:
                 overwrite = self.dendrite_args.overwrite_run
-                checkpoint.claim(self.run_folder, shlex.join(sys.argv), token, overwrite, resumed, self._was_free)
+                command = shlex.join(sys.argv)
+                before = checkpoint.claim(self.run_folder, command, token, overwrite, resumed, self._was_free)
             except (PerforatedError, OSError) as caught:
                 error = f"{caught}"
         self.accelerator.wait_for_everyone()
         if error := broadcast_object_list([error])[0]:
             raise PerforatedError(error)
-        seen = gather_object([checkpoint.holds_token(self.run_folder, token)])
-        if not all(seen):
-            if self.is_world_process_zero() and not resumed:
-                checkpoint.release(self.run_folder)
+        if not all(gather_object([checkpoint.holds_token(self.run_folder, token)])):
+            if self.is_world_process_zero():
+                checkpoint.release(self.run_folder, before)
             raise PerforatedError(
                 f"{self.run_folder} is not the same folder for all processes: on several machines, --output_dir must "
                 "be on a disk that they share"
             )
+        if before and not resumed and self.is_world_process_zero():
+            checkpoint.clear(self.run_folder)
+        self.accelerator.wait_for_everyone()
         self.tracker.folder = self.run_folder.resolve()
 
     def _decide(self, metrics: dict[str, float]) -> Decision:
