@@ -11,6 +11,7 @@ import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
+from transformers.trainer_utils import IntervalStrategy
 
 from . import plot, report, shortcuts
 from .arguments import PerforatedError, run_name
@@ -156,9 +157,23 @@ class StopSignalCallback(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
 
-class LogBeforeSaveCallback(TrainerCallback):
-    """Logs the running loss before a checkpoint, which does not hold it: a resumed run then reports the same losses."""
+class SaveCallback(TrainerCallback):
+    """Before a checkpoint, the running loss is logged, which it does not hold; and an evaluation that is due is made.
+
+    So a resumed run reports the same losses. With `eval_strategy="epoch"` a checkpoint of the last step of an epoch
+    waits for the evaluation: a run that is resumed from there goes on with the next epoch.
+    """
+
+    def __init__(self):
+        self.waits = False
 
     def on_step_end(self, args, state, control, **kwargs):
+        at_epoch_end = args.eval_strategy == IntervalStrategy.EPOCH and state.epoch == int(state.epoch)
+        if control.should_save and at_epoch_end:
+            self.waits, control.should_save = True, False
         if control.should_evaluate or control.should_save:
             control.should_log = True
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self.waits:
+            self.waits, control.should_save, control.should_log = False, True, True

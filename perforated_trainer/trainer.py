@@ -33,9 +33,9 @@ from . import _compat, checkpoint, report, schedule, shortcuts
 from .arguments import DendriteArguments, PerforatedError, check_arguments, compared_settings, is_resumed
 from .callbacks import (
     FiniteLossCallback,
-    LogBeforeSaveCallback,
     PlotCallback,
     ProgressCallback,
+    SaveCallback,
     ShortcutsCallback,
     StopSignalCallback,
     say,
@@ -94,7 +94,7 @@ class PerforatedTrainer(PublishingTrainer):
             self.add_callback(schedule.CycleEndCallback())
         for callback in (
             self.stop_signal,
-            LogBeforeSaveCallback(),
+            SaveCallback(),
             FiniteLossCallback(),
             self.progress,
             ShortcutsCallback(),

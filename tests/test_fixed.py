@@ -229,6 +229,10 @@ class KillAt(TrainerCallback):
     ("changes", "kill"),
     [
         ({}, CYCLE + STEPS + 3),
+        (
+            {"save_strategy": "steps", "save_steps": 4},
+            CYCLE + STEPS + 1,
+        ),  # the last checkpoint is that of an epoch's end
         ({"num_train_epochs": 1.5, "save_strategy": "steps", "save_steps": 5}, 12 + 9),
         ({"lr_scheduler_type": "cosine", "max_steps": 10, "save_strategy": "steps", "save_steps": 3}, 19),
     ],
