@@ -1,7 +1,8 @@
-"""Runs of benchmarks/dendrites.py in processes of their own, each recorded as one line of JSON."""
+"""Runs of a benchmark in processes of their own, each recorded as one line of JSON."""
 
 import json
 import os
+import platform
 import subprocess
 import sys
 import tempfile
@@ -11,9 +12,12 @@ from pathlib import Path
 
 
 def run_apart(label: dict, job: dict, results: Path) -> None:
-    """Run `job` in a process and a folder of its own and append `label` and its record to `results`."""
+    """Run `job` in a process and a folder of its own and append `label` and its record to `results`.
+
+    The process is the script that runs now, with `--job`; it leaves its record in `record.json`.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(Path(__file__).with_name("dendrites.py").resolve()), "--job", json.dumps(job)]
+        command = [sys.executable, str(Path(sys.argv[0]).resolve()), "--job", json.dumps(job)]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
         if done.returncode:
@@ -27,6 +31,28 @@ def run_apart(label: dict, job: dict, results: Path) -> None:
         file.write(json.dumps(record) + "\n")
     print(f"{label}, seed {record['seed']}: {record['steps']:,} steps, ", end="")
     print(f"validation error {record['validation_error']:.2f} % with {record['dendrites']} dendrites", flush=True)
+
+
+def of_run(folder: Path) -> dict:
+    """The record of a finished run, from its `results.json`: what it gave, and where."""
+    results = json.loads((folder / "results.json").read_text())
+    final, control = results["final"], results.get("control", {})
+    return {
+        "seed": results["seed"],
+        "dataset": results["dataset"],
+        "dendrites": final["dendrites"],
+        "parameters": final["parameters"],
+        "steps": results["global_step"],
+        "restarts": results["restarts"],
+        "seconds": round(results["train_seconds"], 1),
+        "validation_error": 100 * (1 - final["validation_accuracy"]),
+        "test_error": 100 * (1 - final["test_accuracy"]),
+        "cycles": results["cycles"],
+        "control": {name: value for name, value in control.items() if name != "control_of"} or None,
+        "stopped_by": results["stopped_by"],
+        "versions": results["versions"] | {"python": platform.python_version()},
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+    }
 
 
 def git(*arguments: str) -> str:
