@@ -122,11 +122,18 @@ def mean_and_spread(values: list[float]) -> str:
     return f"{statistics.mean(values):.2f}{spread}"
 
 
-def print_table(records: list[dict], experiments: list[str] = EXPERIMENTS, ours: str = WITH) -> None:
-    """Means ± standard deviations of each experiment, and the gain of `ours` against each other one."""
+def print_table(records: list[dict], rows: list[str] = EXPERIMENTS, ours: str = WITH, score: str = "test") -> None:
+    """Means ± standard deviations of each experiment, and the gain of one of them against each other one.
+
+    Args:
+        records: of the runs.
+        rows: the experiments, in the order of the table.
+        ours: the one that is compared with the others.
+        score: whose error is compared, "test" or "validation".
+    """
     print("\n| experiment | seeds | dendrites | parameters | steps | CPU s | validation error, % | test error, % |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
-    for experiment in experiments:
+    for experiment in rows:
         if runs := [record for record in records if record["experiment"] == experiment]:
             cells = [experiment, len(runs), f"{statistics.mean(run['dendrites'] for run in runs):.1f}"]
             for key in ("parameters", "steps", "cpu_seconds"):
@@ -134,18 +141,13 @@ def print_table(records: list[dict], experiments: list[str] = EXPERIMENTS, ours:
             cells += [mean_and_spread([run[key] for run in runs]) for key in ("validation_error", "test_error")]
             print("|", " | ".join(map(str, cells)), "|")
     print()
-    print_gains(records, experiments, ours)
-
-
-def print_gains(records: list[dict], experiments: list[str], ours: str, part: str = "test") -> None:
-    """How much lower the error of `ours` is on a part of the data, compared with each other experiment."""
-    error = {(record["experiment"], record["seed"]): record[f"{part}_error"] for record in records}
-    for other in experiments:
+    error = {(record["experiment"], record["seed"]): record[f"{score}_error"] for record in records}
+    for other in rows:
         seeds = [seed for experiment, seed in error if experiment == other and (ours, seed) in error]
         if other != ours and seeds:
             gain = reduction([error[ours, seed] for seed in seeds], [error[other, seed] for seed in seeds])
             own = "; the dendrites' own share" if other == CONTROL else ""
-            print(f'{part} error {ours} lower than of "{other}", %: {gain}{own}')
+            print(f'{score} error {ours} lower than of "{other}", %: {gain}{own}')
 
 
 def print_first_runs(records: list[dict]) -> None:

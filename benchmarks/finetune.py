@@ -181,7 +181,7 @@ def main() -> None:
         return None
 
     if not args.table:
-        in_processes(next_run, 1)  # one at a time: each needs what an earlier one has left
+        in_processes(next_run, 1, "finetune.py")  # one at a time: each needs what an earlier one has left
     print_tables(mine())
 
 

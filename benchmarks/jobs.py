@@ -11,13 +11,13 @@ import time
 from pathlib import Path
 
 
-def run_apart(label: dict, job: dict, results: Path) -> None:
+def run_apart(label: dict, job: dict, results: Path, script: str) -> None:
     """Run `job` in a process and a folder of its own and append `label` and its record to `results`.
 
-    The process is the script that runs now, with `--job`; it leaves its record in `record.json`.
+    `script`, of this folder, takes the job as `--job` and leaves its record in `record.json`.
     """
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(Path(sys.argv[0]).resolve()), "--job", json.dumps(job)]
+        command = [sys.executable, str(Path(__file__).with_name(script).resolve()), "--job", json.dumps(job)]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
         if done.returncode:
@@ -64,7 +64,7 @@ def recorded(results: Path) -> list[dict]:
     return [json.loads(line) for line in results.read_text().splitlines()] if results.is_file() else []
 
 
-def in_processes(next_run, number: int) -> None:
+def in_processes(next_run, number: int, script: str = "dendrites.py") -> None:
     """Run what `next_run` gives, (label, job, results), `number` at a time, until it gives None and none is running."""
     lock, running = threading.Lock(), []
 
@@ -74,7 +74,7 @@ def in_processes(next_run, number: int) -> None:
                 entry = next_run()
                 running.extend([entry] if entry else [])
             if entry:
-                run_apart(*entry)
+                run_apart(*entry, script)
                 running.remove(entry)
             elif not running:
                 return
