@@ -14,6 +14,7 @@ is shown and recorded as failed.
 import argparse
 import fcntl
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -40,26 +41,34 @@ class SweepError(Exception):
     """A problem that the user can solve, told in one line."""
 
 
-def open_study(folder: Path, facts: dict):
-    """The study in `folder`, which is made where it is not there.
+def claim(folder: Path):
+    """Make `folder` that of a sweep, and return the file that locks it.
 
-    Args:
-        folder: of the sweep.
-        facts: what all trials of the study share, its direction among them.
-
-    Raises SweepError where the folder holds something else.
+    Raises SweepError where it holds something else, or a sweep that is running.
     """
-    file, another = folder / "study.db", "choose another --sweep_dir"
+    file = folder / "sweep.lock"
     if folder.exists() and not file.is_file() and (not folder.is_dir() or any(folder.iterdir())):
-        raise SweepError(f"{folder} is there and holds no sweep: {another}")
-    folder.mkdir(parents=True, exist_ok=True)
+        raise SweepError(f"{folder} is there and holds no sweep: choose another --sweep_dir")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(file, "w")  # noqa: SIM115, held until the process ends
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise SweepError(f"the sweep in {folder}, or its last trial, is still running") from None
+    except OSError as error:
+        raise SweepError(f"--sweep_dir: {error}") from error
+    return lock
+
+
+def open_study(file: Path, facts: dict):
+    """The study in `file`, which is made where it is not there.
+
+    `facts` are what all its trials share, its direction among them. Raises SweepError where they are others.
+    """
     try:
         storage = optuna.storages.RDBStorage(f"sqlite:///{file}")
-        names = optuna.get_all_study_names(storage)
     except Exception as error:
-        raise SweepError(f"{file} cannot be read by Optuna ({str(error).splitlines()[0]}): {another}") from error
-    if names not in ([], ["sweep"]):
-        raise SweepError(f"{file} holds other studies, {', '.join(names)}: {another}")
+        raise SweepError(f"{file} cannot be read by Optuna: {str(error).splitlines()[0]}") from error
     study = optuna.create_study(storage=storage, study_name="sweep", direction=facts["direction"], load_if_exists=True)
     if not study.user_attrs and not study.trials:
         study.set_user_attr("facts", facts)
@@ -67,7 +76,7 @@ def open_study(folder: Path, facts: dict):
     for name in facts:
         if facts[name] != then.get(name):
             there = f"{name} {then.get(name)} there, {facts[name]} here"
-            raise SweepError(f"the sweep in {folder} is another one ({there}): {another}")
+            raise SweepError(f"{file.parent} holds another sweep ({there}): choose another --sweep_dir")
     return study
 
 
@@ -92,6 +101,8 @@ def run_trial(command: list[str], folder: Path, lock) -> tuple[float | None, str
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, pass_fds=[lock.fileno()])
         with process:  # Ctrl-C reaches it as well: it saves a checkpoint and ends by itself
             status = process.wait()
+    if status in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+        raise KeyboardInterrupt  # it was stopped, and has saved a checkpoint
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     if status:
         return None, lines[-1] if status > 0 and lines else f"exit status {status}"
@@ -120,12 +131,8 @@ def sweep(args: argparse.Namespace, flags: list[str]) -> None:
     facts = {"script": args.script.name, "metric": args.metric, "direction": args.direction, "flags": flags}
     if args.direction is None:  # as TrainingArguments has it
         facts["direction"] = "minimize" if args.metric.endswith("loss") else "maximize"
-    study = open_study(args.sweep_dir, facts | {"search_space": ranges})
-    lock = open(args.sweep_dir / "lock", "w")  # noqa: SIM115, held until the process ends
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise SweepError(f"a sweep in {args.sweep_dir}, or its last trial, is still running") from None
+    lock = claim(args.sweep_dir)
+    study = open_study(args.sweep_dir / "study.db", facts | {"search_space": ranges})
     command = [sys.executable, str(args.script), *flags, "--metric_for_best_model", args.metric]
     command += ["--greater_is_better", str(facts["direction"] == "maximize")]
     while len(study.get_trials(states=[TrialState.COMPLETE, TrialState.FAIL])) < args.num_trials:

@@ -85,36 +85,47 @@ def test_a_trial_that_fails_does_not_end_the_sweep(tmp_path):
     for flags in (["--metric", "accuracy"], ["--metric", "loss", "--", "--seed", "2"]):
         refused = call(tmp_path, "script.py", "--num_trials", "5", *flags)
         assert refused.returncode == 2 and refused.stderr.count("\n") == 1
-        assert "the sweep in sweep is another one" in refused.stderr
-    with open(tmp_path / "sweep" / "lock") as lock:
+        assert "sweep holds another sweep" in refused.stderr
+    with open(tmp_path / "sweep" / "sweep.lock") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         refused = call(tmp_path, "script.py", "--num_trials", "5", "--metric", "loss")
     assert refused.returncode == 2 and "still running" in refused.stderr
     assert len(study(tmp_path).trials) == 4
 
 
+def test_a_trial_that_is_stopped_stops_the_sweep(tmp_path):
+    """As one that gets SIGTERM: it saves a checkpoint, and is not failed."""
+    (tmp_path / "script.py").write_text("raise SystemExit(143)")
+    done = call(tmp_path, "script.py")
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped; the same command goes on\n")
+    assert [trial.state for trial in study(tmp_path).trials] == [TrialState.RUNNING]
+
+
 def foreign_study(folder):
     folder.mkdir()
-    optuna.create_study(study_name="other", storage=f"sqlite:///{folder}/study.db")
+    optuna.create_study(study_name="sweep", storage=f"sqlite:///{folder}/study.db")
 
 
-def foreign_file(folder):
+def study_made_by_hand(folder):
+    foreign_study(folder)
+    (folder / "sweep.lock").touch()
+    optuna.load_study(study_name="sweep", storage=f"sqlite:///{folder}/study.db").ask()
+
+
+def damaged_file(folder):
     folder.mkdir()
+    (folder / "sweep.lock").touch()
     (folder / "study.db").write_text("no data base")
-
-
-def full_folder(folder):
-    folder.mkdir()
-    (folder / "notes.txt").write_text("mine")
 
 
 @pytest.mark.parametrize(
     ("before", "flags", "message"),
     [
-        (foreign_study, ["script.py"], "holds other studies, other"),
-        (foreign_file, ["script.py"], "cannot be read by Optuna"),
-        (full_folder, ["script.py"], "holds no sweep"),
+        (foreign_study, ["script.py"], "holds no sweep"),
+        (study_made_by_hand, ["script.py"], "holds another sweep"),
+        (damaged_file, ["script.py"], "cannot be read by Optuna"),
         (Path.touch, ["script.py"], "holds no sweep"),
+        (Path.mkdir, ["script.py", "--sweep_dir", "script.py/sweep"], "Not a directory"),
         (None, ["missing.py"], "missing.py: no such script"),
         (None, [], "required: script"),
         (None, ["script.py", "--num_trials", "0"], "at least 1"),
