@@ -21,14 +21,13 @@ import argparse
 import functools
 import json
 import os
-import platform
 import statistics
 import sys
 import time
 import zlib
 from pathlib import Path
 
-from jobs import in_processes, recorded
+from jobs import in_processes, of_run, recorded
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -95,26 +94,11 @@ def run(
     flags += ["--use_cpu", "--disable_tqdm", "true", *(["--control_of", control_of] if control_of else [])]
     if status := script.main(flags):
         sys.exit(status)
-    results = json.loads(Path(folder, "results.json").read_text())
-    final, control = results["final"], results.get("control", {})
-    return {
-        "seed": seed,
+    settings = json.loads(Path(folder, "results.json").read_text())["settings"]
+    return of_run(Path(folder)) | {
         "widths": list(widths or script.MnistCnnConfig().widths),
-        "dataset": results["dataset"],
-        "dendrites": final["dendrites"],
-        "parameters": final["parameters"],
-        "steps": results["global_step"],
-        "restarts": results["restarts"],
         "cpu_seconds": round(sum(seconds), 1),
-        "seconds": round(results["train_seconds"], 1),
-        "validation_error": 100 * (1 - final["validation_accuracy"]),
-        "test_error": 100 * (1 - final["test_accuracy"]),
-        "cycles": results["cycles"],
-        "control": {name: value for name, value in control.items() if name != "control_of"} or None,
-        "stopped_by": results["stopped_by"],
-        "settings": {name: results["settings"].get(name) for name in SETTINGS},
-        "versions": results["versions"] | {"python": platform.python_version()},
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "settings": {name: settings.get(name) for name in SETTINGS},
     }
 
 
@@ -138,11 +122,18 @@ def mean_and_spread(values: list[float]) -> str:
     return f"{statistics.mean(values):.2f}{spread}"
 
 
-def print_table(records: list[dict]) -> None:
-    """Means ± standard deviations of each experiment, and the dendrites' gain against each other one."""
+def print_table(records: list[dict], rows: list[str] = EXPERIMENTS, ours: str = WITH, score: str = "test") -> None:
+    """Means ± standard deviations of each experiment, and the gain of one of them against each other one.
+
+    Args:
+        records: of the runs.
+        rows: the experiments, in the order of the table.
+        ours: the one that is compared with the others.
+        score: whose error is compared, "test" or "validation".
+    """
     print("\n| experiment | seeds | dendrites | parameters | steps | CPU s | validation error, % | test error, % |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
-    for experiment in EXPERIMENTS:
+    for experiment in rows:
         if runs := [record for record in records if record["experiment"] == experiment]:
             cells = [experiment, len(runs), f"{statistics.mean(run['dendrites'] for run in runs):.1f}"]
             for key in ("parameters", "steps", "cpu_seconds"):
@@ -150,13 +141,13 @@ def print_table(records: list[dict]) -> None:
             cells += [mean_and_spread([run[key] for run in runs]) for key in ("validation_error", "test_error")]
             print("|", " | ".join(map(str, cells)), "|")
     print()
-    error = {(record["experiment"], record["seed"]): record["test_error"] for record in records}
-    for other in EXPERIMENTS:
-        seeds = [seed for experiment, seed in error if experiment == other and (WITH, seed) in error]
-        if other != WITH and seeds:
-            gain = reduction([error[WITH, seed] for seed in seeds], [error[other, seed] for seed in seeds])
+    error = {(record["experiment"], record["seed"]): record[f"{score}_error"] for record in records}
+    for other in rows:
+        seeds = [seed for experiment, seed in error if experiment == other and (ours, seed) in error]
+        if other != ours and seeds:
+            gain = reduction([error[ours, seed] for seed in seeds], [error[other, seed] for seed in seeds])
             own = "; the dendrites' own share" if other == CONTROL else ""
-            print(f'test error {WITH} lower than of "{other}", %: {gain}{own}')
+            print(f'{score} error {ours} lower than of "{other}", %: {gain}{own}')
 
 
 def print_first_runs(records: list[dict]) -> None:
