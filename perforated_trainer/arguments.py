@@ -95,7 +95,8 @@ class DendriteArguments:
         default=None, help="0 for the dimension of the neurons, -1 for others: -1 -1 0. Default: found layer by layer."
     )
     fused: bool = HfArg(
-        default=True, help="Compute a layer and its dendrites as one product. False: the library's own forward."
+        default=True,
+        help="Compute a layer and its dendrites as one product, if not too large. False: the library's own forward.",
     )
     control_of: str | None = HfArg(
         default=None, help="Folder of a run: train the same way without dendrites, and say what they gave."

@@ -67,14 +67,14 @@ def check_free(folder: Path, overwrite: bool, own: bool = False) -> None:
 
 def claim(
     folder: Path, command: str, token: str, overwrite: bool = False, resumed: bool = False, own: bool = False
-) -> None:
-    """Make `folder` the folder of this run.
+) -> dict:
+    """Make `folder` the folder of this run; returns the record of the run that it held, for `clear` or `release`.
 
     Args:
         folder: the run folder; made where it is not there.
         command: how the run was started, for the record.
         token: unlike that of any other start: other processes see by it that they share the folder.
-        overwrite: replace the run that the folder holds; files that are not a run's stay.
+        overwrite: whether the run that the folder holds may be replaced. It stays until `clear`.
         resumed: go on with the run that the folder holds.
         own: as for `check_free`.
 
@@ -82,15 +82,25 @@ def claim(
     """
     if not resumed:
         check_free(folder, overwrite, own)
-        if (folder / RUN).is_file():
-            _remove_run(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    _write_record(folder, _record(folder) | {"command": command, "token": token})
+    before = _record(folder)
+    _write_record(folder, before | {"command": command, "token": token})
+    return before
 
 
-def release(folder: Path) -> None:
-    """Undo `claim` where the run cannot start after all: the folder is free for the next try."""
-    (folder / RUN).unlink(missing_ok=True)
+def clear(folder: Path) -> None:
+    """Delete what the run before wrote into a claimed folder; files that are not a run's stay."""
+    record = _record(folder)
+    _remove_run(folder)
+    _write_record(folder, {name: record[name] for name in ("command", "token")})
+
+
+def release(folder: Path, before: dict) -> None:
+    """Undo `claim` where the run cannot start after all: the folder is as it was before."""
+    if before:
+        _write_record(folder, before)
+    else:
+        (folder / RUN).unlink(missing_ok=True)
 
 
 def holds_token(folder: Path, token: str) -> bool:

@@ -53,6 +53,9 @@ ACTIVATIONS = {
 
 # ------------------------------------------------------------------------------------------------------- the formula
 
+# Weights of a layer. To lay larger ones side by side costs more than one product saves; measured on a CPU.
+FUSED_UP_TO = 2**16
+
 
 def _linear(layer, x, weight, bias):
     return F.linear(x, weight, bias)
@@ -91,9 +94,15 @@ def can_fuse(layer: nn.Module) -> bool:
     return _base(layer) in _PRODUCTS and getattr(layer, "padding_mode", "zeros") == "zeros"
 
 
+def _is_large(layer):
+    return layer.weight.numel() > FUSED_UP_TO
+
+
 def _product(layer, x, count, weights, biases):
-    """Outputs of `count` layers of one shape, computed as one, and the dimension of their neurons."""
+    """Outputs of `count` layers of one shape, computed as one where that pays, and the dimension of their neurons."""
     product, dim, axis = _PRODUCTS[_base(layer)]
+    if _is_large(layer):
+        return [product(layer, x, *part) for part in zip(weights, biases or [None] * count)], dim  # noqa: B905
     groups = getattr(layer, "groups", 1)
     if groups == 1:
         return product(layer, x, torch.cat(weights, axis), biases and torch.cat(biases)).chunk(count, dim), dim
@@ -186,9 +195,12 @@ class _Layer(_Reduced):
 
 class _Fused(_Layer):
     def forward(self, input):
-        parts = self.num_dendrites if getattr(self, "groups", 1) > 1 else 1
-        weights = [self.weight, *self.dendrite_weight.chunk(parts)]
-        biases = None if self.bias is None else [self.bias, *self.dendrite_bias.chunk(parts)]
+        weights = self.dendrite_weight.chunk(self.num_dendrites, _PRODUCTS[_base(self)][2])
+        biases = [] if self.bias is None else self.dendrite_bias.chunk(self.num_dendrites)
+        if _is_large(self):  # laid out in memory as while training: else the last bits of a product may differ
+            weights = [weight.clone(memory_format=torch.contiguous_format) for weight in weights]
+            biases = [bias.clone() for bias in biases]
+        weights, biases = [self.weight, *weights], None if self.bias is None else [self.bias, *biases]
         outputs, dim = _product(self, input, self.num_dendrites + 1, weights, biases)
         activation = ACTIVATIONS[self.dendrite_activation]
         return _combine(outputs, self._to_dendrites(), self.dendrite_to_output, activation, dim)

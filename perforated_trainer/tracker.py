@@ -21,7 +21,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from . import layers, price
+from . import layers, price, shortcuts
 from .arguments import DendriteArguments, PerforatedError
 from .scaffold import GPA, UPA, close_layers, dendrites_of, grow, library, open_layers
 
@@ -136,15 +136,16 @@ class DendriteTracker:
     @contextlib.contextmanager
     def _open(self) -> Iterator[None]:
         """The network as the library made it, for calls into the library, in the run folder."""
-        open_layers(self._layers)
-        buffer = self.model.tracker_string
-        try:
-            with library(self.folder):
-                yield
-        finally:
-            # The tracker is saved through a buffer of rank 0's model; DDP needs buffers of one size on all ranks.
-            self.model.tracker_string = buffer
-            self._close()
+        with shortcuts.without(self.model):
+            open_layers(self._layers)
+            buffer = self.model.tracker_string
+            try:
+                with library(self.folder):
+                    yield
+            finally:
+                # The tracker is saved through a buffer of rank 0's model; DDP needs buffers of one size on all ranks.
+                self.model.tracker_string = buffer
+                self._close()
 
     @contextlib.contextmanager
     def forward(self, fused: bool) -> Iterator[None]:

@@ -29,13 +29,14 @@ from transformers import (
 from transformers import ProgressCallback as StockProgressCallback
 from transformers.trainer_utils import TrainOutput
 
-from . import _compat, checkpoint, report, schedule
+from . import _compat, checkpoint, report, schedule, shortcuts
 from .arguments import DendriteArguments, PerforatedError, check_arguments, compared_settings, is_resumed
 from .callbacks import (
     FiniteLossCallback,
-    LogBeforeSaveCallback,
     PlotCallback,
     ProgressCallback,
+    SaveCallback,
+    ShortcutsCallback,
     StopSignalCallback,
     say,
 )
@@ -81,21 +82,23 @@ class PerforatedTrainer(PublishingTrainer):
         self._was_free = not self.run_folder.is_dir() or not any(self.run_folder.iterdir())
         self._stop_was_asked = False
         self._fixed = self.dendrite_args.switch_mode == "fixed"
-        self.test_metrics, self.restarts, self._data = {}, [], None
+        self.test_metrics, self.restarts, self._data, self._test_loader = {}, [], None, None
         self.stop_signal = StopSignalCallback()
         for callback in (StockProgressCallback, PrinterCallback):
             self.remove_callback(callback)
         greater = self.args.greater_is_better
         patience = None if self._fixed else self.dendrite_args.n_epochs_to_switch
         self.progress = ProgressCallback(self.score_name, greater, patience)
+        self.plot = PlotCallback(self.score_name, greater)
         if self._fixed:
             self.add_callback(schedule.CycleEndCallback())
         for callback in (
             self.stop_signal,
-            LogBeforeSaveCallback(),
+            SaveCallback(),
             FiniteLossCallback(),
             self.progress,
-            PlotCallback(self.score_name, greater),
+            ShortcutsCallback(),
+            self.plot,
             *self.tracker.callbacks,
         ):
             self.add_callback(callback)
@@ -117,7 +120,8 @@ class PerforatedTrainer(PublishingTrainer):
 
     def deployed_model(self) -> PreTrainedModel:
         """A copy of the model without training scaffolding; same logits to the last bit."""
-        return self.tracker.deployed_model()
+        with shortcuts.without(self.model):
+            return self.tracker.deployed_model()
 
     # ---------------------------------------------------------------- training, one Trainer.train() per dendrite cycle
 
@@ -127,6 +131,8 @@ class PerforatedTrainer(PublishingTrainer):
         Args:
             resume_from_checkpoint: a checkpoint's folder; True or "true" for the newest complete checkpoint.
             others: as `Trainer.train`.
+
+        Returns what `Trainer.train` does, for all cycles together.
 
         Raises PerforatedError for a folder that is not free, a checkpoint that cannot be used, a loss that is not
         finite, a disk that is full, and after a signal.
@@ -161,7 +167,10 @@ class PerforatedTrainer(PublishingTrainer):
                     self.model_wrapped = self.model
                     _compat.forget_preparation(self.model)
                     self._began = time.monotonic()
-                    output = super().train(str(start) if start else None, *args, **kwargs)
+                    try:
+                        output = super().train(str(start) if start else None, *args, **kwargs)
+                    finally:
+                        shortcuts.drop(self.model)
                     self.train_seconds += time.monotonic() - self._began
                     stopped = self._stop_was_asked and self.decision is Decision.RESTRUCTURED
                     if stopped or self.decision is Decision.CONTINUE:
@@ -173,6 +182,8 @@ class PerforatedTrainer(PublishingTrainer):
             if not start:
                 raise
             raise PerforatedError(f"{start} holds a file that is not plain data: {error}") from error
+        if self.plot in self.callback_handler.callbacks:  # a caller may have removed it
+            self.plot.draw(self.args, self.state)
         self.accelerator.wait_for_everyone()
         if self.stop_signal.number and not complete:
             command = shlex.join(["python", *sys.argv, "--resume_from_checkpoint", "true"])
@@ -184,28 +195,46 @@ class PerforatedTrainer(PublishingTrainer):
             self.tracker.restore_best()
         if warning := report.no_dendrite_came(self.dendrite_args, self.state.log_history, self.score_name):
             say(warning)
-        return output or TrainOutput(self.state.global_step, 0.0, {})
+        return self._of_all_cycles(output or TrainOutput(self.state.global_step, 0.0, {}))
+
+    def _of_all_cycles(self, output: TrainOutput) -> TrainOutput:
+        """The output of the last cycle's `Trainer.train()`, with time, speed and loss of the whole training."""
+        if not self.restarts or not self.train_seconds:
+            return output
+        steps, args = self.state.global_step, self.args
+        batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        loss = report.mean_loss(self.state.log_history)
+        metrics = {
+            "train_runtime": round(self.train_seconds, 4),
+            "train_samples_per_second": round(steps * batch / self.train_seconds, 3),
+            "train_steps_per_second": round(steps / self.train_seconds, 3),
+            "train_loss": loss,
+        }
+        return TrainOutput(steps, loss, output.metrics | metrics)
 
     def _claim(self, resumed: bool) -> None:
         """Make `output_dir` the folder of this run, in rank 0; the others look whether they see it."""
-        token, error = broadcast_object_list([uuid.uuid4().hex, None])[0], None
+        token, error, before = broadcast_object_list([uuid.uuid4().hex])[0], None, {}
         if self.is_world_process_zero():
             try:
                 overwrite = self.dendrite_args.overwrite_run
-                checkpoint.claim(self.run_folder, shlex.join(sys.argv), token, overwrite, resumed, self._was_free)
+                command = shlex.join(sys.argv)
+                before = checkpoint.claim(self.run_folder, command, token, overwrite, resumed, self._was_free)
             except (PerforatedError, OSError) as caught:
                 error = f"{caught}"
         self.accelerator.wait_for_everyone()
         if error := broadcast_object_list([error])[0]:
             raise PerforatedError(error)
-        seen = gather_object([checkpoint.holds_token(self.run_folder, token)])
-        if not all(seen):
-            if self.is_world_process_zero() and not resumed:
-                checkpoint.release(self.run_folder)
+        if not all(gather_object([checkpoint.holds_token(self.run_folder, token)])):
+            if self.is_world_process_zero():
+                checkpoint.release(self.run_folder, before)
             raise PerforatedError(
                 f"{self.run_folder} is not the same folder for all processes: on several machines, --output_dir must "
                 "be on a disk that they share"
             )
+        if before and not resumed and self.is_world_process_zero():
+            checkpoint.clear(self.run_folder)
+        self.accelerator.wait_for_everyone()
         self.tracker.folder = self.run_folder.resolve()
 
     def _decide(self, metrics: dict[str, float]) -> Decision:
@@ -311,6 +340,17 @@ class PerforatedTrainer(PublishingTrainer):
         if self.is_in_train and eval_dataset is None and self.test_dataset is not None:
             self.test_metrics = super().evaluate(self.test_dataset, ignore_keys, "test", **kwargs)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix, **kwargs)
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        """As `Trainer.get_eval_dataloader`; the test data has a loader of its own.
+
+        With `dataloader_persistent_workers` the Trainer keeps one loader, and would give it for any other data, too.
+        """
+        if eval_dataset is None or eval_dataset is not self.test_dataset:
+            return super().get_eval_dataloader(eval_dataset)
+        if self._test_loader is None or not self.args.dataloader_persistent_workers:
+            self._test_loader = self.get_test_dataloader(eval_dataset)
+        return self._test_loader
 
     def _evaluate(self, trial, ignore_keys_for_eval, skip_scheduler=False):
         """As `Trainer._evaluate`, the evaluations while training; then the tracker decides how to go on."""

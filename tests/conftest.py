@@ -35,8 +35,9 @@ def small():
 
 # What trains whole runs or starts many processes: minutes, not seconds. `pytest -m "not slow"` leaves it out.
 SLOW = set(
-    "test_bert test_campaign test_control test_deploy test_dropin test_faults test_fixed test_fused test_loading "
-    "test_machines test_models test_oldest test_processes test_python test_resume test_script test_throughput".split()
+    "test_bert test_campaign test_control test_deploy test_dropin test_faults test_finetune test_fixed test_fused "
+    "test_loading test_machines test_models test_oldest test_processes test_python test_resume test_script test_sweep "
+    "test_tasks test_throughput".split()
 )
 
 

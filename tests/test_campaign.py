@@ -65,19 +65,6 @@ def test_the_first_run_of_several_seeds(tmp_path):
     assert row in printed and f"one dendrite kept: {int(record['dendrites'] > 0)} of 1 seeds" in printed
 
 
-def test_a_search_records_its_trials(tmp_path):
-    results = tmp_path / "search.jsonl"
-    flags = ["--results", results, "--processes", "1", "--trials", "1", *TINY, "--max_steps", "5"]
-    printed = call("search.py", *flags)
-    (record,) = [json.loads(line) for line in results.read_text().splitlines()]
-    assert record["steps"] == 5
-    assert record["settings"]["learning_rate"] == record["trial"]["learning_rate"]
-    error = 100 * (1 - record["cycles"][0]["best_validation"])
-    assert f"| nothing | {record['commit']} | 5 | {record['cpu_seconds']:.0f} | {error:.2f} |" in printed
-    call("search.py", *flags)
-    assert len(results.read_text().splitlines()) == 1
-
-
 def test_a_study_records_its_runs_and_does_not_repeat_them(tmp_path):
     results = tmp_path / "studies.jsonl"
     flags = ["--results", results, "--runs", tmp_path / "runs", "--seeds", "7", "--processes", "1", *TINY]
@@ -175,7 +162,6 @@ def check_table(records, printed):
     [
         (["dendrites.py", "--table", "--data_dir", "mnist"], "dendrites.jsonl"),
         (["dendrites.py", "--table", "--first_run"], "first_run.jsonl"),
-        (["search.py", "--table"], "search.jsonl"),
         (["studies.py", "--table"], "studies.jsonl"),
         (["bert.py"], "bert.jsonl"),
     ],

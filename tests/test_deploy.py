@@ -19,7 +19,7 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForImageClassification, AutoModelForMaskedLM, ViTImageProcessor, pipeline
 
-from mnist_huggingface_perforatedai import DataArguments, load_data
+from mnist_huggingface_perforatedai import DataArguments, load_data, read_embedded
 from perforated_trainer import layers
 
 ROOT = Path(__file__).parent.parent
@@ -37,15 +37,14 @@ def folder(finished, tmp_path_factory):
         small_bert.train("bertMLM")
     finally:
         os.chdir(before)
-    digits = test_digits()
-    for name, image in (("digit", digits.images[0, 0]), ("picture", digits.images[1, 0])):
+    for name, image in zip(("digit", "picture"), test_digits()[0], strict=False):
         Image.fromarray(image.numpy()).save(folder / f"{name}.png")
     return folder
 
 
 def test_digits():
-    """The test part of `kills.FLAGS`."""
-    return load_data(DataArguments(max_train_samples=500, max_eval_samples=200))[3]
+    """The test part of `kills.FLAGS`: grey values, uint8 (200, 28, 28), and the data set."""
+    return read_embedded()[2][:200], load_data(DataArguments(max_train_samples=500, max_eval_samples=200))[3]
 
 
 test_digits.__test__ = False
@@ -67,10 +66,10 @@ def run(code, folder, package=True):
 
 
 def test_pipeline_answers_for_pngs_with_the_accuracy_of_the_results(finished, tmp_path):
-    digits, files = test_digits(), []
-    for number, image in enumerate(digits.images):
+    (images, digits), files = test_digits(), []
+    for number, image in enumerate(images):
         files.append(str(tmp_path / f"{number}.png"))
-        Image.fromarray(image[0].numpy()).save(files[-1])
+        Image.fromarray(image.numpy()).save(files[-1])
     classify = pipeline("image-classification", model=str(finished / "run/final"), trust_remote_code=True)
     answers = classify(files, batch_size=50, top_k=10)
     assert sorted(answer["label"] for answer in answers[0]) == [str(digit) for digit in range(10)]
@@ -78,7 +77,7 @@ def test_pipeline_answers_for_pngs_with_the_accuracy_of_the_results(finished, tm
     results = json.loads((finished / "run/results.json").read_text())
     assert sum(right) / len(right) == results["final"]["test_accuracy"]
     # The processor's arithmetic is transformers' and differs from torchvision's in the last bits.
-    ours = digits.__getitems__(range(len(digits)))["pixel_values"]
+    ours = digits.pixel_values
     processor = ViTImageProcessor.from_pretrained(finished / "run/final")
     theirs = processor([Image.open(file).convert("RGB") for file in files], return_tensors="pt")["pixel_values"]
     assert theirs.shape == (len(files), 3, 28, 28)
@@ -90,7 +89,7 @@ def test_pipeline_answers_for_pngs_with_the_accuracy_of_the_results(finished, tm
 
 def test_pipeline_resizes_pictures_and_takes_grey_ones(finished, tmp_path):
     classify = pipeline("image-classification", model=str(finished / "run/final"), trust_remote_code=True)
-    image = Image.fromarray(test_digits().images[0, 0].numpy())
+    image = Image.fromarray(test_digits()[0][0].numpy())
     large = image.resize((280, 280))
     assert classify(image)[0]["label"] == classify(large)[0]["label"]
     assert classify.image_processor(image, return_tensors="pt")["pixel_values"].shape == (1, 3, 28, 28)

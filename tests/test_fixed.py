@@ -109,6 +109,20 @@ def test_the_usual_recipe_adds_a_dendrite_and_ends_by_itself(capsys):
     assert f"step {CYCLE}: 0 -> 1 dendrite" in capsys.readouterr().out
 
 
+def test_the_output_is_that_of_all_cycles():
+    """A script writes it with `save_metrics`."""
+    trainer = trainer_for(arguments(num_train_epochs=1), max_dendrites=1)
+    output = trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]  # of each step
+    assert len(losses) == output.global_step >= 2 * STEPS
+    metrics = output.metrics
+    assert output.training_loss == metrics["train_loss"] == pytest.approx(sum(losses) / len(losses))
+    assert metrics["train_runtime"] == pytest.approx(trainer.train_seconds, abs=1e-3)
+    assert metrics["train_steps_per_second"] == pytest.approx(len(losses) / trainer.train_seconds, abs=1e-2)
+    again = trainer_for(arguments(num_train_epochs=1), max_dendrites=1).train(resume_from_checkpoint=True)  # complete
+    assert again.training_loss == output.training_loss
+
+
 SCHEDULES = {
     "linear": {},
     "cosine_with_restarts": {"lr_scheduler_kwargs": {"num_cycles": 2}},
@@ -215,6 +229,10 @@ class KillAt(TrainerCallback):
     ("changes", "kill"),
     [
         ({}, CYCLE + STEPS + 3),
+        (
+            {"save_strategy": "steps", "save_steps": 4},
+            CYCLE + STEPS + 1,
+        ),  # the last checkpoint is that of an epoch's end
         ({"num_train_epochs": 1.5, "save_strategy": "steps", "save_steps": 5}, 12 + 9),
         ({"lr_scheduler_type": "cosine", "max_steps": 10, "save_strategy": "steps", "save_steps": 3}, 19),
     ],

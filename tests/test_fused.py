@@ -8,6 +8,7 @@ import torch
 from test_models import NAMES, trainer_for
 from transformers import TrainerCallback
 
+from perforated_trainer import layers
 from perforated_trainer.tracker import DendriteTracker
 
 
@@ -77,3 +78,31 @@ def test_fused_layers_train_with(how):
     trainer = trainer_for("BertForMaskedLM", models.build("BertForMaskedLM"), max_steps=100, training=how)
     trainer.train()
     assert trainer.num_dendrites == 3
+
+
+@pytest.mark.parametrize(
+    "name", ["GPT2LMHeadModel", "ResNetForImageClassification", "DistilBertForSequenceClassification"]
+)
+def test_layers_too_large_for_one_product_are_the_same_after_training(name, monkeypatch, tmp_path):
+    """Whatever their size here: each layer and dendrite has a product of its own, in the saved model as well."""
+    assert 2**12 < layers.FUSED_UP_TO < 2**20
+    monkeypatch.setattr(layers, "FUSED_UP_TO", 0)
+    torch.manual_seed(0)
+    trainer = trainer_for(name, models.build(name), max_steps=100)
+    trainer.train()
+    batch = trainer.data_collator([dict(row) for row in models.rows(name)[:8]])
+    deployed = trainer.deployed_model().eval()
+    trainer.save_model("saved")
+    loaded = type(deployed).from_pretrained("saved").eval()
+    with torch.no_grad():
+        trained = trainer.model.eval()(**copy.deepcopy(batch)).logits
+        assert torch.equal(deployed(**copy.deepcopy(batch)).logits, trained)
+        assert torch.equal(loaded(**copy.deepcopy(batch)).logits, trained)
+
+
+def test_small_layers_are_one_product_and_large_ones_are_not():
+    for size, expected in ((256, 1), (257, 3)):
+        layer = torch.nn.Linear(size, size)
+        parts = [layer.weight] * 3, [layer.bias] * 3
+        outputs, _ = layers._product(layer, torch.randn(2, size), 3, *parts)
+        assert len({output.untyped_storage().data_ptr() for output in outputs}) == expected

@@ -1,6 +1,7 @@
 """Several processes without a GPU, and several machines: they train, or stop in one line before anything is written."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -91,24 +92,28 @@ def test_a_trainer_without_use_cpu_stops_before_anything_is_written(start, tmp_p
     assert not (tmp_path / "run" / "run.json").exists() and not any(tmp_path.glob("run/*"))
 
 
-def test_machines_that_share_no_disk_stop_in_one_line(start, tmp_path):
+@pytest.mark.parametrize("overwrite", [False, True], ids=["new", "over a run"])
+def test_machines_that_share_no_disk_stop_in_one_line(overwrite, start, tmp_path, finished):
     """Two processes with current folders of their own are such machines, as output_dir is relative."""
+    flags = [*kills.FLAGS, *(["--overwrite_run"] if overwrite else [])]
+    if overwrite:
+        shutil.copytree(finished / "run", tmp_path / "0" / "run")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     processes = []
     for rank in ("0", "1"):
         folder = tmp_path / rank
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         machine = {"RANK": rank, "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}
         machine |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        processes.append(start([SCRIPT, *kills.FLAGS], folder, **machine))
+        processes.append(start([SCRIPT, *flags], folder, **machine))
     outputs = [process.communicate(timeout=400) for process in processes]
     assert [process.returncode for process in processes] == [2, 2], outputs
     for _, err in outputs:
         (line,) = errors(err)
         assert "not the same folder for all processes" in line
         assert "Traceback" not in err
-    for rank in ("0", "1"):
-        assert not list((tmp_path / rank).glob("run/checkpoint-*"))
-    assert not (tmp_path / "0" / "run" / "run.json").exists(), "the folder is free for the next try"
+    after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert after == before, "the folder is free for the next try, or holds the run that it held"

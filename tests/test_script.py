@@ -273,7 +273,7 @@ def write_idx(folder, images=60, size=28):
 
 
 def test_idx_files(tmp_path):
-    from mnist_huggingface_perforatedai import DataArguments, load_data
+    from mnist_huggingface_perforatedai import DataArguments, load_data, read_idx
 
     write_idx(tmp_path)
     name, train, validation, test = load_data(DataArguments(data_dir=str(tmp_path), validation_split=0.25))
@@ -281,9 +281,8 @@ def test_idx_files(tmp_path):
     assert train.dataset is validation.dataset  # the images are in memory once
     assert sorted([*train.indices, *validation.indices]) == list(range(60))
     data, chosen = train.dataset, [train.indices[3], train.indices[4]]
-    assert data.images.dtype == torch.uint8  # a byte a pixel, normalised as torchvision does it
-    expected = v2.functional.to_dtype(data.images[chosen], torch.float32, scale=True)
-    expected = v2.functional.normalize(expected, [0.1307], [0.3081])
+    images = read_idx(str(tmp_path))[0].unsqueeze(1)[chosen]  # normalised as torchvision does it
+    expected = v2.functional.normalize(v2.functional.to_dtype(images, torch.float32, scale=True), [0.1307], [0.3081])
     for batch in (train[[3, 4]], train.__getitems__([3, 4])):
         assert torch.equal(batch["pixel_values"], expected) and torch.equal(batch["labels"], data.labels[chosen])
 

@@ -5,6 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+from test_script import write_idx
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -28,12 +31,14 @@ def test_throughput_prints_its_tables(tmp_path):
         [line.strip("| ").split(" | ") for line in block.strip().splitlines()]
         for block in re.findall(r"(?:^\|.*\n)+", run.stdout, re.MULTILINE)
     ]
-    assert [len(table) - 2 for table in tables] == [4, 2]
+    assert [len(table) - 2 for table in tables] == [4, 2, 13]
     assert [row[:2] for row in tables[0][2:]] == [["0", "64"], ["0", "512"], ["1", "64"], ["1", "512"]]
     for row in tables[0][2:]:
         assert min(float(number.replace(",", "")) for number in row[2:7]) > 0, row
     for row in tables[1][2:]:
         assert min(float(number.replace(",", "")) for number in row[1:4]) > 0 and re.search("met|missed", row[4]), row
+    shares = {row[0]: float(row[1]) for row in tables[2][2:]}
+    assert sum(shares.values()) == pytest.approx(100, abs=1) and min(shares.values()) > 0
     assert all(word in run.stdout for word in ("cores", "torch 2", "perforatedai 3", "seed 0", "--repeats 1"))
     assert not list(tmp_path.iterdir()), "runs are made elsewhere"
 
@@ -47,3 +52,13 @@ def test_scale_prints_its_table(tmp_path):
     ]
     assert [row[:2] for row in rows] == [["BERT", "0"], ["BERT", "1"], ["ResNet", "0"], ["ResNet", "1"]]
     assert all(min(float(number.replace(",", "")) for number in row[2:]) > 0 for row in rows)
+
+
+def test_the_hubs_form_is_timed(tmp_path):
+    write_idx(tmp_path)
+    flags = ["--data_dir", str(tmp_path), "--max_steps", "4", "--eval_steps", "2", "--use_cpu"]
+    command = [sys.executable, str(ROOT / "benchmarks" / "hub_form.py"), *flags]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert "stopped by max_steps at step 4" in run.stdout
+    assert re.search(r"120 PNGs; launch to final table \d+ s, of which training \d+ s for 4 steps", run.stdout)

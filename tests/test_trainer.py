@@ -1,5 +1,6 @@
 """The classes of perforated_trainer beyond what the script uses."""
 
+import copy
 import importlib
 import json
 import pdb
@@ -8,7 +9,7 @@ import sys
 import pytest
 import safetensors.torch
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from mnist_huggingface_perforatedai import MnistCnnConfig, MnistCnnForImageClassification, compute_metrics
@@ -173,3 +174,66 @@ def test_private_names_that_are_used_exist(arguments):
     trainer = trainer_for(model, arguments)
     trainer.evaluate()
     assert model._is_accelerate_prepared is True and arguments._n_gpu == arguments.n_gpu
+
+
+class LooksAtShortcuts(TrainerCallback):
+    """Switches a module to evaluation before each step, counts what the network has, keeps a copy of the first one."""
+
+    def __init__(self):
+        self.numbers, self.copy = [], None
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        assert vars(model)["parameters"]
+        model.classifier[0].eval()
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        assert all(module.training for module in model.modules())  # the Trainer's train() reached each of them
+        assert any(parameter.grad is not None for parameter in model.parameters())
+        self.numbers.append(len(list(model.parameters())))
+        assert self.numbers[-1] == len({id(parameter) for _, parameter in model.named_parameters()})
+        self.copy = self.copy or copy.deepcopy(model)
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_what_is_looked_up_once_a_cycle_is_what_is_there(arguments):
+    callback = LooksAtShortcuts()
+    settings = DendriteArguments(n_epochs_to_switch=1, max_dendrites=1)
+    trainer = trainer_for(MnistCnnForImageClassification(MnistCnnConfig()), arguments, dendrite_args=settings)
+    trainer.args.max_steps = 20
+    trainer.add_callback(callback)
+    trainer.train()
+    assert len(set(callback.numbers)) > 1, "a dendrite was added"
+    assert not {"parameters", "train"} & vars(trainer.model).keys()
+    assert not {"parameters", "train"} & vars(trainer.deployed_model()).keys()
+    own = {id(parameter) for parameter in trainer.model.parameters()}
+    copied = list(callback.copy.parameters())
+    assert len(copied) == callback.numbers[0] and not own & {id(parameter) for parameter in copied}
+    assert not callback.copy.eval().features.training
+
+
+def test_shortcuts_end_with_an_error_too(arguments):
+    class Stops(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            raise RuntimeError("of the user")
+
+    trainer = trainer_for(MnistCnnForImageClassification(MnistCnnConfig()), arguments, callbacks=[Stops()])
+    with pytest.raises(RuntimeError, match="of the user"):
+        trainer.train()
+    assert not {"parameters", "train"} & vars(trainer.model).keys()
+
+
+def test_persistent_workers_do_not_give_the_test_data_the_loader_of_the_validation(arguments):
+    arguments.dataloader_num_workers, arguments.dataloader_persistent_workers = 1, True
+    model, data = MnistCnnForImageClassification(MnistCnnConfig()), rows(30)
+    for number, row in enumerate(data):
+        row["labels"] = number % 10 if number < 20 else 0
+    model.classifier[-1].bias.data[0] = 100.0  # answers 0, whatever it sees
+    trainer = trainer_for(model, arguments, test_dataset=data[20:])
+    trainer.eval_dataset = data[:20]
+    arguments.learning_rate = 0.0
+    trainer.train()
+    for name, score in (("eval_accuracy", 0.1), ("test_accuracy", 1.0)):
+        assert {entry[name] for entry in trainer.state.log_history if name in entry} == {score}
+    assert trainer.get_eval_dataloader(trainer.test_dataset) is trainer.get_eval_dataloader(trainer.test_dataset)

