@@ -153,8 +153,9 @@ def main() -> None:
             for record in records(setting):
                 if record["experiment"] == experiment and record["seed"] in seeds(name):
                     shown[row, record["seed"]] = record | {"experiment": row}
-        print(f"\n{name}")
-        print_table(list(shown.values()), list(study.rows), study.ours, study.score)
+        if study.ours in {row for row, _ in shown}:
+            print(f"\n{name}")
+            print_table(list(shown.values()), list(study.rows), study.ours, study.score)
 
 
 if __name__ == "__main__":
