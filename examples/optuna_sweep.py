@@ -31,6 +31,7 @@ def search_space() -> dict:
     """A distribution for each flag that is varied."""
     return {
         "improvement_threshold": FloatDistribution(1e-5, 1e-2, log=True),
+        "dendrite_init_scale": FloatDistribution(0.01, 0.3, log=True),
         "dendrite_activation": CategoricalDistribution(["sigmoid", "tanh", "relu"]),
         "n_epochs_to_switch": IntDistribution(2, 10),
         "dendrite_learning_rate_factor": FloatDistribution(0.1, 1.0, log=True),

@@ -16,7 +16,12 @@ from optuna.trial import TrialState
 ROOT = Path(__file__).parent.parent
 SWEEP = [sys.executable, str(ROOT / "examples" / "optuna_sweep.py")]
 SMALL = kills.FLAGS[:-2]  # without the name of the run; n_epochs_to_switch is given, so it is not varied
-VARIED = {"improvement_threshold", "dendrite_activation", "dendrite_learning_rate_factor"}
+VARIED = {
+    "improvement_threshold",
+    "dendrite_init_scale",
+    "dendrite_activation",
+    "dendrite_learning_rate_factor",
+}
 
 # A script that only writes what the sweep reads: its loss is its patience, and its first run fails.
 SCRIPT = """
