@@ -49,7 +49,7 @@ sys.exit(mnist_huggingface_perforatedai.main() or 1)
 # Dendrites, batch: what the trainer should reach of the library's loop, or without dendrites of the bare loop.
 TARGETS = {(0, 64): 0.85, (0, 512): 0.95, (3, 64): 1.5, (3, 512): 1.5, (5, 64): 1.6, (5, 512): 1.6}
 WHOLE, START_UP = 0.8, 1.05
-PARTS = {  # of a whole run: function, the end of its file's name, what it does; callbacks in an evaluation count twice
+PARTS = {  # of a whole run: function, the end of its file's name, and what it does
     ("training_step", "transformers/trainer.py"): "forward and backward",
     ("augment", "mnist_huggingface_perforatedai.py"): "augmentation",
     ("step", "accelerate/optimizer.py"): "the optimizer",
@@ -63,6 +63,7 @@ PARTS = {  # of a whole run: function, the end of its file's name, what it does;
     ("_load_from_checkpoint", "perforated_trainer/trainer.py"): "loading at the start of a cycle",
     ("draw", "perforated_trainer/callbacks.py"): "pictures",
 }
+INSIDE = ("on_evaluate", "on_prediction_step")  # callers in an evaluation, which counts as a whole
 
 
 # ------------------------------------------------------------------------------------------------- a process of its own
@@ -206,12 +207,12 @@ def table(head: str, rows: list) -> None:
 def parts_of(profile: pstats.Stats) -> list:
     """What each part of a run takes of the training, %, the longest first; the rest is the Trainer's loop."""
     whole, shares = 0.0, {}
-    for (file, _, function), (*_, cumulative, _) in profile.stats.items():
+    for (file, _, function), (*_, cumulative, callers) in profile.stats.items():
         if function == "train" and file.endswith("perforated_trainer/trainer.py"):
             whole = cumulative
         for (name, path), words in PARTS.items():
             if function == name and file.endswith(path):
-                shares[words] = cumulative
+                shares[words] = cumulative - sum(c[3] for (*_, caller), c in callers.items() if caller in INSIDE)
     shares["the rest of the Trainer's loop"] = whole - sum(shares.values())
     return sorted(([words, 100 * share / whole] for words, share in shares.items()), key=lambda row: -row[1])
 
