@@ -193,10 +193,17 @@ class _Layer(_Reduced):
         return ", ".join(filter(None, [super().extra_repr(), f"num_dendrites={self.num_dendrites}"]))
 
 
+def _parts(stacked, number, axis):
+    """As `chunk`, whose operator in ONNX keeps weights from being constants, and so from int8."""
+    size = stacked.shape[axis] // number
+    return [stacked.narrow(axis, i * size, size) for i in range(number)] if number > 1 else [stacked]
+
+
 class _Fused(_Layer):
     def forward(self, input):
-        weights = self.dendrite_weight.chunk(self.num_dendrites, _PRODUCTS[_base(self)][2])
-        biases = [] if self.bias is None else self.dendrite_bias.chunk(self.num_dendrites)
+        number = self.num_dendrites if _is_large(self) or getattr(self, "groups", 1) > 1 else 1
+        weights = _parts(self.dendrite_weight, number, _PRODUCTS[_base(self)][2])
+        biases = [] if self.bias is None else _parts(self.dendrite_bias, number, 0)
         if _is_large(self):  # laid out in memory as while training: else the last bits of a product may differ
             weights = [weight.clone(memory_format=torch.contiguous_format) for weight in weights]
             biases = [bias.clone() for bias in biases]
