@@ -67,8 +67,8 @@ def check_free(folder: Path, overwrite: bool, own: bool = False) -> None:
 
 def claim(
     folder: Path, command: str, token: str, overwrite: bool = False, resumed: bool = False, own: bool = False
-) -> dict:
-    """Make `folder` the folder of this run; returns the record of the run that it held, for `clear` or `release`.
+) -> dict | None:
+    """Make `folder` the folder of this run; returns the record of the run that it held, if any, for `release`.
 
     Args:
         folder: the run folder; made where it is not there.
@@ -83,8 +83,8 @@ def claim(
     if not resumed:
         check_free(folder, overwrite, own)
     folder.mkdir(parents=True, exist_ok=True)
-    before = _record(folder)
-    _write_record(folder, before | {"command": command, "token": token})
+    before = _record(folder) if (folder / RUN).is_file() else None
+    _write_record(folder, (before or {}) | {"command": command, "token": token})
     return before
 
 
@@ -95,12 +95,12 @@ def clear(folder: Path) -> None:
     _write_record(folder, {name: record[name] for name in ("command", "token")})
 
 
-def release(folder: Path, before: dict) -> None:
+def release(folder: Path, before: dict | None) -> None:
     """Undo `claim` where the run cannot start after all: the folder is as it was before."""
-    if before:
-        _write_record(folder, before)
-    else:
+    if before is None:
         (folder / RUN).unlink(missing_ok=True)
+    else:
+        _write_record(folder, before)
 
 
 def holds_token(folder: Path, token: str) -> bool:

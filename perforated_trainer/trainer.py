@@ -214,7 +214,7 @@ class PerforatedTrainer(PublishingTrainer):
 
     def _claim(self, resumed: bool) -> None:
         """Make `output_dir` the folder of this run, in rank 0; the others look whether they see it."""
-        token, error, before = broadcast_object_list([uuid.uuid4().hex])[0], None, {}
+        token, error, before = broadcast_object_list([uuid.uuid4().hex])[0], None, None
         if self.is_world_process_zero():
             try:
                 overwrite = self.dendrite_args.overwrite_run
@@ -232,7 +232,7 @@ class PerforatedTrainer(PublishingTrainer):
                 f"{self.run_folder} is not the same folder for all processes: on several machines, --output_dir must "
                 "be on a disk that they share"
             )
-        if before and not resumed and self.is_world_process_zero():
+        if before is not None and not resumed:  # in the first process, which claimed the folder
             checkpoint.clear(self.run_folder)
         self.accelerator.wait_for_everyone()
         self.tracker.folder = self.run_folder.resolve()

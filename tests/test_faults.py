@@ -370,6 +370,15 @@ def test_a_folder_that_is_not_empty_is_refused(overwrite, tmp_path):
     assert files(tmp_path / "run") == before
 
 
+def test_a_run_whose_record_cannot_be_read_is_replaced_as_a_whole(tmp_path):
+    trainer = trainer_for(arguments(max_steps=4))
+    trainer.train()
+    (tmp_path / "run" / "run.json").write_text("{")
+    assert (tmp_path / "run" / "checkpoint-4").is_dir()
+    trainer_for(arguments(max_steps=2), dendrite_args=DendriteArguments(overwrite_run=True)).train()
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
+
+
 def test_an_older_versions_model_is_not_deleted(tmp_path):
     trainer = trainer_for(arguments(max_steps=2))
     trainer.train()
