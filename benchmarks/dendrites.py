@@ -141,6 +141,11 @@ def print_table(records: list[dict], rows: list[str] = EXPERIMENTS, ours: str = 
             cells += [mean_and_spread([run[key] for run in runs]) for key in ("validation_error", "test_error")]
             print("|", " | ".join(map(str, cells)), "|")
     print()
+    print_gains(records, rows, ours, score)
+
+
+def print_gains(records: list[dict], rows: list[str], ours: str, score: str) -> None:
+    """How much lower the error of `ours` is than of each other row; arguments as for `print_table`."""
     error = {(record["experiment"], record["seed"]): record[f"{score}_error"] for record in records}
     for other in rows:
         seeds = [seed for experiment, seed in error if experiment == other and (ours, seed) in error]

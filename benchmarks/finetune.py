@@ -18,11 +18,10 @@ import argparse
 import json
 import statistics
 import sys
-import time
 from pathlib import Path
 
 from dendrites import CONTROL, ROOT, WITH, print_table
-from jobs import in_processes, of_run, recorded
+from jobs import in_processes, recorded, train_and_record
 
 USUAL = "three epochs"
 EXPERIMENTS = [USUAL, CONTROL, WITH]  # in the order of the table
@@ -120,12 +119,7 @@ def run(experiment: str, seed: int, learning_rate: float, folder: str, max_train
         data_collator=lambda batch: batch,
         compute_metrics=compute_metrics,
     )
-    start = time.process_time()
-    trainer.train()
-    seconds = time.process_time() - start
-    sizes = {"train": len(train), "validation": len(validation), "test": len(test)}
-    trainer.save_results({"name": "digits of scikit-learn", **sizes})
-    return of_run(trainer.run_folder) | {"cpu_seconds": round(seconds, 1)}
+    return train_and_record(trainer, "digits of scikit-learn")
 
 
 def best_rate(records: list[dict]) -> float:

@@ -55,6 +55,16 @@ def of_run(folder: Path) -> dict:
     }
 
 
+def train_and_record(trainer, name: str) -> dict:
+    """Train and return the record of the run. `name` is that of the data."""
+    start = time.process_time()
+    trainer.train()
+    seconds = time.process_time() - start
+    parts = {"train": trainer.train_dataset, "validation": trainer.eval_dataset, "test": trainer.test_dataset}
+    trainer.save_results({"name": name} | {part: len(data) for part, data in parts.items()})
+    return of_run(trainer.run_folder) | {"cpu_seconds": round(seconds, 1)}
+
+
 def git(*arguments: str) -> str:
     command = ["git", "-C", str(Path(__file__).parent), *arguments]
     return subprocess.run(command, capture_output=True, text=True).stdout.strip()

@@ -11,11 +11,10 @@ import argparse
 import json
 import os
 import sys
-import time
 from pathlib import Path
 
-from dendrites import ROOT, print_table, reduction
-from jobs import in_processes, of_run, recorded
+from dendrites import ROOT, print_gains, print_table
+from jobs import in_processes, recorded, train_and_record
 
 ALONE, JOINED = "convolution alone", "with join_normalization"
 EXPERIMENTS = [ALONE, JOINED]
@@ -62,11 +61,7 @@ def run(experiment: str, seed: int, eval_steps: int) -> dict:
         data_collator=lambda batch: batch,
         compute_metrics=compute_metrics,
     )
-    start = time.process_time()
-    trainer.train()
-    seconds = time.process_time() - start
-    trainer.save_results({"name": name, "train": len(train), "validation": len(validation), "test": len(test)})
-    return of_run(trainer.run_folder) | {"cpu_seconds": round(seconds, 1)}
+    return train_and_record(trainer, name)
 
 
 def main() -> None:
@@ -97,10 +92,7 @@ def main() -> None:
     if not args.table:
         in_processes(next_run, args.processes, "normalization.py")
     print_table(mine(), EXPERIMENTS, JOINED)
-    error = {(record["experiment"], record["seed"]): record["validation_error"] for record in mine()}
-    if seeds := [seed for seed in args.seeds if {(ALONE, seed), (JOINED, seed)} <= error.keys()]:
-        gain = reduction([error[JOINED, seed] for seed in seeds], [error[ALONE, seed] for seed in seeds])
-        print(f'validation error {JOINED} lower than of "{ALONE}", %: {gain}')
+    print_gains(mine(), EXPERIMENTS, JOINED, "validation")
 
 
 if __name__ == "__main__":
