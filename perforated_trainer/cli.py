@@ -13,7 +13,7 @@ import torch
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.utils import logging
 
-from . import checkpoint, report
+from . import report, run_folder
 from .arguments import PerforatedError, is_resumed, refuse_arguments
 
 
@@ -71,7 +71,7 @@ def parse_arguments(
     if values["control_of"]:
         run = Path(values["control_of"])
         if main_process():
-            checkpoint.results_of(run)  # before any data is read
+            run_folder.results_of(run)  # before any data is read
         given = None if values["save_name"] is parser.get_default("save_name") else values["save_name"]
         given = values["output_dir"] or given
         if given is None or Path(given).resolve() == run.resolve():
@@ -90,7 +90,7 @@ def parse_arguments(
         values["use_cpu"] = True  # else the Trainer would take the processes for separate runs
     refuse_arguments(values)  # before TrainingArguments finds other words for it
     if not is_resumed(values["resume_from_checkpoint"]) and main_process():
-        checkpoint.check_free(Path(values["output_dir"]), values["overwrite_run"])
+        run_folder.check_free(Path(values["output_dir"]), values["overwrite_run"])
     try:
         parsed = parser.parse_dict(values)
     except (ValueError, ImportError, TypeError) as refused:
@@ -104,9 +104,9 @@ def parse_arguments(
 def already_finished(training_args: TrainingArguments) -> bool:
     """Whether the run that is to be resumed was ended by its tracker; its results are then printed once more."""
     folder = Path(training_args.output_dir)
-    if not is_resumed(training_args.resume_from_checkpoint) or not (folder / checkpoint.RESULTS).is_file():
+    if not is_resumed(training_args.resume_from_checkpoint) or not (folder / run_folder.RESULTS).is_file():
         return False
-    results = json.loads((folder / checkpoint.RESULTS).read_text(encoding="utf-8"))
+    results = json.loads((folder / run_folder.RESULTS).read_text(encoding="utf-8"))
     if results["stopped_by"] == "tracker" and main_process():
         print(f"the run in {folder} is complete")
         print(report.summary(results, folder))

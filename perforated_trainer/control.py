@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, TrainerCallback
 
-from . import checkpoint, layers
+from . import layers, run_folder
 from .arguments import DendriteArguments, PerforatedError
 from .tracker import Decision, DendriteTracker
 
@@ -54,7 +54,7 @@ class ControlTracker:
 
     def __init__(self, model: PreTrainedModel, args: DendriteArguments, greater_is_better: bool, device: torch.device):
         self.run_folder = Path(args.control_of)
-        self.results = checkpoint.results_of(self.run_folder)
+        self.results = run_folder.results_of(self.run_folder)
         self.model, self.folder = model.to(device), None
         self.args = dataclasses.replace(args, doing_pai=False)
         self.greater_is_better = greater_is_better

@@ -12,7 +12,7 @@ import safetensors
 from transformers import PreTrainedModel, Trainer, TrainerState
 from transformers.utils import logging
 
-from . import checkpoint, model_card, plot, report
+from . import checkpoint, model_card, plot, report, run_folder
 from .arguments import PerforatedError, run_name
 from .callbacks import say
 from .layers import layers_with_dendrites
@@ -96,9 +96,9 @@ class PublishingTrainer(Trainer):
         if (run := self.dendrite_args.control_of) and self.stopped_by == "tracker":  # else it was not as long
             self.results["control"] = verdict(self, self.tracker.results, final, Path(run))
         if self.args.should_save:
-            with in_one_line(self.run_folder / checkpoint.FINAL):
+            with in_one_line(self.run_folder / run_folder.FINAL):
                 self._write_final()
-                checkpoint.write_whole(self.run_folder / checkpoint.RESULTS, json.dumps(self.results, indent=2) + "\n")
+                checkpoint.write_whole(self.run_folder / run_folder.RESULTS, json.dumps(self.results, indent=2) + "\n")
             if "control" in self.results and self.tracker.same_network:
                 self._draw_run_with_control(Path(run))
         say(report.summary(self.results, self.run_folder))
@@ -132,7 +132,7 @@ class PublishingTrainer(Trainer):
                 model_class=kind.__name__,
                 processor=processor is not None,
                 custom_code=not kind.__module__.startswith("transformers."),
-                path=self.hub_model_id or (run / checkpoint.FINAL).as_posix(),
+                path=self.hub_model_id or (run / run_folder.FINAL).as_posix(),
                 mask=getattr(processor, "mask_token", None),
             )
             given = inspect.signature(Trainer.create_model_card).bind(self, *args, **kwargs).arguments
@@ -151,12 +151,12 @@ class PublishingTrainer(Trainer):
 
     def _write_final(self, **metadata):
         """Write the model and its card into `final/`, whole or not at all: under another name first."""
-        folder, unfinished = self.run_folder, self.run_folder / f"{checkpoint.FINAL}.unfinished"
+        folder, unfinished = self.run_folder, self.run_folder / f"{run_folder.FINAL}.unfinished"
         checkpoint.begin(unfinished)
         with self._output_dir(unfinished):
             self.save_model(_internal_call=True)
             self.create_model_card(**metadata)
-        checkpoint.publish(unfinished, folder)
+        run_folder.publish(unfinished, folder)
 
     # --------------------------------------------------------------------------------------------------------- the Hub
 
@@ -167,7 +167,7 @@ class PublishingTrainer(Trainer):
         kwargs.setdefault("model_name", (self.args.hub_model_id or run_name(self.args)).split("/")[-1])
         if self.args.should_save:
             self._write_final()  # files that an older model left there must not be uploaded with it
-        with self._output_dir(self.run_folder / checkpoint.FINAL):
+        with self._output_dir(self.run_folder / run_folder.FINAL):
             return super().push_to_hub(*args, **kwargs)
 
     def _push_from_checkpoint(self, checkpoint_folder):

@@ -15,11 +15,10 @@ import re
 import shlex
 import sys
 import time
-import uuid
 import zlib
 from pathlib import Path
 
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list
 from transformers import (
     PreTrainedModel,
     PrinterCallback,
@@ -27,9 +26,9 @@ from transformers import (
     TrainerState,
 )
 from transformers import ProgressCallback as StockProgressCallback
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import TrainOutput, speed_metrics
 
-from . import _compat, checkpoint, report, schedule, shortcuts
+from . import _compat, checkpoint, report, run_folder, schedule, shortcuts
 from .arguments import DendriteArguments, PerforatedError, check_arguments, compared_settings, is_resumed
 from .callbacks import (
     FiniteLossCallback,
@@ -142,7 +141,9 @@ class PerforatedTrainer(PublishingTrainer):
             start = checkpoint.find(resume_from_checkpoint, self.run_folder, say)
         if self.dendrite_args.control_of:
             self.tracker.check(self.settings())
-        self._claim(resumed)
+        overwrite, command = self.dendrite_args.overwrite_run, shlex.join(sys.argv)
+        run_folder.claim(self.run_folder, command, overwrite, resumed, own=self._was_free)
+        self.tracker.folder = self.run_folder.resolve()
         if not start and (warning := report.no_dendrite_can_come(self.dendrite_args, self.args, self.train_dataset)):
             say(warning)
         if not start and (explanation := schedule.explanation(self.dendrite_args, self.args)):
@@ -203,39 +204,9 @@ class PerforatedTrainer(PublishingTrainer):
             return output
         steps, args = self.state.global_step, self.args
         batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        metrics = speed_metrics("train", time.time() - self.train_seconds, steps * batch, steps)
         loss = report.mean_loss(self.state.log_history)
-        metrics = {
-            "train_runtime": round(self.train_seconds, 4),
-            "train_samples_per_second": round(steps * batch / self.train_seconds, 3),
-            "train_steps_per_second": round(steps / self.train_seconds, 3),
-            "train_loss": loss,
-        }
-        return TrainOutput(steps, loss, output.metrics | metrics)
-
-    def _claim(self, resumed: bool) -> None:
-        """Make `output_dir` the folder of this run, in rank 0; the others look whether they see it."""
-        token, error, before = broadcast_object_list([uuid.uuid4().hex])[0], None, None
-        if self.is_world_process_zero():
-            try:
-                overwrite = self.dendrite_args.overwrite_run
-                command = shlex.join(sys.argv)
-                before = checkpoint.claim(self.run_folder, command, token, overwrite, resumed, self._was_free)
-            except (PerforatedError, OSError) as caught:
-                error = f"{caught}"
-        self.accelerator.wait_for_everyone()
-        if error := broadcast_object_list([error])[0]:
-            raise PerforatedError(error)
-        if not all(gather_object([checkpoint.holds_token(self.run_folder, token)])):
-            if self.is_world_process_zero():
-                checkpoint.release(self.run_folder, before)
-            raise PerforatedError(
-                f"{self.run_folder} is not the same folder for all processes: on several machines, --output_dir must "
-                "be on a disk that they share"
-            )
-        if before is not None and not resumed:  # in the first process, which claimed the folder
-            checkpoint.clear(self.run_folder)
-        self.accelerator.wait_for_everyone()
-        self.tracker.folder = self.run_folder.resolve()
+        return TrainOutput(steps, loss, output.metrics | metrics | {"train_loss": loss})
 
     def _decide(self, metrics: dict[str, float]) -> Decision:
         """Give an evaluation to the tracker. Rank 0 alone does, and tells the others what it decided."""

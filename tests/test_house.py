@@ -17,6 +17,7 @@ ARROWS = {
     "_compat": [],
     "shortcuts": [],
     "checkpoint": ["arguments"],
+    "run_folder": ["arguments", "checkpoint"],
     "patterns": ["arguments"],
     "price": ["arguments"],
     "schedule": ["arguments"],
@@ -26,7 +27,7 @@ ARROWS = {
     "verdict": ["_compat", "report"],
     "scaffold": ["_compat", "arguments", "layers"],
     "tracker": ["arguments", "layers", "price", "scaffold", "shortcuts"],
-    "control": ["arguments", "checkpoint", "layers", "tracker"],
+    "control": ["arguments", "layers", "run_folder", "tracker"],
     "convert": ["_compat", "arguments", "control", "layers", "patterns", "price", "scaffold", "tracker"],
     "callbacks": ["arguments", "plot", "report", "shortcuts", "tracker"],
     "publishing": [
@@ -38,6 +39,7 @@ ARROWS = {
         "plot",
         "remote_code",
         "report",
+        "run_folder",
         "verdict",
     ],
     "trainer": [
@@ -48,12 +50,13 @@ ARROWS = {
         "convert",
         "publishing",
         "report",
+        "run_folder",
         "scaffold",
         "schedule",
         "shortcuts",
         "tracker",
     ],
-    "cli": ["arguments", "checkpoint", "report"],
+    "cli": ["arguments", "report", "run_folder"],
     "__init__": ["layers"],  # the others are imported when one of their names is asked for
 }
 # Other people's packages that one room alone may import.
