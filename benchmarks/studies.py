@@ -28,6 +28,8 @@ SCALE = ["--dendrite_init_scale", "0.01"]  # the library's; the script's is 0.1
 SETTINGS = {
     "defaults": [],
     "initial scale 0.01": SCALE,
+    "initial scale 0.3": ["--dendrite_init_scale", "0.3"],
+    "initial scale 0.3, tanh": ["--dendrite_init_scale", "0.3", "--dendrite_activation", "tanh"],
     "tanh": ["--dendrite_activation", "tanh", *SCALE],
     "relu": ["--dendrite_activation", "relu", *SCALE],
     "a quarter of the rate": ["--dendrite_learning_rate_factor", "0.25", *SCALE],
@@ -60,7 +62,8 @@ STUDIES = {
         "initial scale 0.1",
         "validation",
         5,
-        {"initial scale 0.01": ("initial scale 0.01", WITH), "initial scale 0.1": ("defaults", WITH)},
+        {f"initial scale {scale}": (f"initial scale {scale}", WITH) for scale in ("0.01", "0.3", "0.3, tanh")}
+        | {"initial scale 0.1": ("defaults", WITH)},
     ),
     "other settings": Study(
         BEFORE,
@@ -111,7 +114,6 @@ NETWORKS = {"wider": widths_for, "equal memory": widths_in_memory}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--studies", nargs="+", default=list(STUDIES), choices=STUDIES)
-    parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=SETTINGS, help="run only these")
     parser.add_argument("--seeds", type=int, nargs="+", help="default: those of each study")
     parser.add_argument("--results", type=Path, default=RESULTS.with_name("studies.jsonl"))
     parser.add_argument("--runs", type=Path, default=ROOT / "benchmarks" / "runs", help="where run folders stay")
@@ -133,7 +135,7 @@ def main() -> None:
         for study in args.studies:
             for setting, experiment in STUDIES[study].rows.values() if seed in seeds(study) else []:
                 entry = (setting, [(experiment, seed)])
-                if setting in args.settings and entry not in todo:
+                if entry not in todo:
                     todo.append(entry)
 
     def next_run():
