@@ -110,7 +110,8 @@ def augment(images: torch.Tensor) -> torch.Tensor:
     x = torch.linspace(-1, 1, images.shape[-1], device=images.device)
     y = x.view(-1, 1)
     sine, cosine = scale * angle.sin(), scale * angle.cos()
-    sources = torch.stack([cosine * x - sine * y + across, sine * x + cosine * y + down], dim=-1)  # of each pixel
+    sources = torch.stack([cosine * x - sine * y + across, sine * x + cosine * y + down], dim=1)  # of each pixel
+    sources = sources.permute(0, 2, 3, 1)  # made in this order, they take a quarter of the time
     return nn.functional.grid_sample(images, sources, padding_mode="border", align_corners=True)
 
 

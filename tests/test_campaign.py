@@ -100,11 +100,12 @@ def largest_pair(widths):
 
 
 @pytest.mark.skipif(not RESULTS.is_file(), reason="no campaign is recorded")
-@pytest.mark.parametrize("data", [["--data_dir", "mnist"], []], ids=["complete", "default"])
-def test_the_table_is_that_of_the_records(data, tmp_path):
+@pytest.mark.parametrize("flags", [[], ["--max_dendrites", "5"]], ids=["defaults", "five dendrites"])
+def test_the_table_is_that_of_the_records(flags):
     records = [json.loads(line) for line in RESULTS.read_text().splitlines()]
-    records = [record for record in records if record["data"] == (data[-1] if data else "default")]
-    check_table(records, call("dendrites.py", "--table", "--results", RESULTS, *data))
+    records = [record for record in records if (record["data"], record["flags"]) == ("mnist", flags)]
+    assert records
+    check_table(records, call("dendrites.py", "--table", "--data_dir", "mnist", *flags))
 
 
 @pytest.mark.parametrize("study", ["little data", "memory"])
@@ -161,6 +162,7 @@ def check_table(records, printed):
     "command, file",
     [
         (["dendrites.py", "--table", "--data_dir", "mnist"], "dendrites.jsonl"),
+        (["dendrites.py", "--table", "--data_dir", "mnist", "--max_dendrites", "5"], "dendrites.jsonl"),
         (["dendrites.py", "--table", "--first_run"], "first_run.jsonl"),
         (["studies.py", "--table"], "studies.jsonl"),
         (["bert.py"], "bert.jsonl"),
