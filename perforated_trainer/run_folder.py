@@ -16,7 +16,7 @@ from .arguments import PerforatedError
 RUN = "run.json"  # marks the folder of a run
 FINAL = "final"
 RESULTS = "results.json"
-LIBRARY = "perforatedai"  # the folder of the library's own files
+LIBRARY = "perforatedai"  # the library's save name, so the folder of its files
 
 
 def check_free(folder: Path, overwrite: bool, own: bool = False) -> None:

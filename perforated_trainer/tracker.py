@@ -23,11 +23,11 @@ from transformers.utils import logging
 
 from . import layers, price, shortcuts
 from .arguments import DendriteArguments, PerforatedError
+from .run_folder import LIBRARY
 from .scaffold import GPA, UPA, close_layers, dendrites_of, grow, library, open_layers
 
 logger = logging.get_logger(__name__)
 
-LIBRARY = "perforatedai"  # the library's save name, so the folder of its files in the run folder
 SYSTEM = "training.safetensors"  # in a checkpoint: the network with all that a restructure needs, and the tracker
 BEST = "best_model.safetensors"  # in a checkpoint: the best network so far, as the library keeps it
 

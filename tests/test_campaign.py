@@ -100,12 +100,16 @@ def largest_pair(widths):
 
 
 @pytest.mark.skipif(not RESULTS.is_file(), reason="no campaign is recorded")
-@pytest.mark.parametrize("flags", [[], ["--max_dendrites", "5"]], ids=["defaults", "five dendrites"])
-def test_the_table_is_that_of_the_records(flags):
+@pytest.mark.parametrize(
+    "data, flags",
+    [("mnist", []), ("mnist", ["--max_dendrites", "5"]), ("default", [])],
+    ids=["complete", "five dendrites", "default"],
+)
+def test_the_table_is_that_of_the_records(data, flags):
     records = [json.loads(line) for line in RESULTS.read_text().splitlines()]
-    records = [record for record in records if (record["data"], record["flags"]) == ("mnist", flags)]
-    assert records
-    check_table(records, call("dendrites.py", "--table", "--data_dir", "mnist", *flags))
+    records = [record for record in records if (record["data"], record["flags"]) == (data, flags)]
+    folder = [] if data == "default" else ["--data_dir", data]
+    check_table(records, call("dendrites.py", "--table", "--results", RESULTS, *folder, *flags))
 
 
 @pytest.mark.parametrize("study", ["little data", "memory"])

@@ -26,7 +26,7 @@ ARROWS = {
     "model_card": ["report"],
     "verdict": ["_compat", "report"],
     "scaffold": ["_compat", "arguments", "layers"],
-    "tracker": ["arguments", "layers", "price", "scaffold", "shortcuts"],
+    "tracker": ["arguments", "layers", "price", "run_folder", "scaffold", "shortcuts"],
     "control": ["arguments", "layers", "run_folder", "tracker"],
     "convert": ["_compat", "arguments", "control", "layers", "patterns", "price", "scaffold", "tracker"],
     "callbacks": ["arguments", "plot", "report", "shortcuts", "tracker"],
