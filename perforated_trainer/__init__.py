@@ -1,42 +1,46 @@
-"""Artificial dendrites of Perforated AI for any Hugging Face model, on the stock Trainer.
+"""Artificial dendrites of Perforated AI for Hugging Face models, on the stock Trainer.
 
 Importing it lets `from_pretrained` load models with dendrites, which needs no perforatedai. The names for training are
-imported when they are first asked for.
+imported when they are first used.
 """
 
 import sys
 from importlib import import_module
 
-from . import layers as layers  # its import teaches transformers to load models with dendrites
+from . import loading as loading  # its import makes transformers load models with dendrites
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
-_ROOMS = {
+_NAMES = {
     "arguments": ["DendriteArguments", "PerforatedError"],
     "convert": ["perforate"],
     "trainer": ["PerforatedSeq2SeqTrainer", "PerforatedTrainer"],
     "_compat": ["ignore_shared_tensors"],
     "cli": ["already_finished", "main_process", "parse_arguments", "run_script"],
 }
-_HOME = {name: room for room, names in _ROOMS.items() for name in names}
-__all__ = sorted([*_HOME, "load_perforated_model"])
+_MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
+__all__ = sorted([*_MODULE_OF, "load_perforated_model"])
 
 
-def load_perforated_model(model_class, folder):
-    """Load a model with dendrites: another name for `model_class.from_pretrained(folder)`.
+def load_perforated_model(model, folder):
+    """Load a model with dendrites.
 
     Args:
-        model_class: a class of models, or an Auto class such as `AutoModelForImageClassification`.
-        folder: `final/` of a run, any of its checkpoints, or what `save_model` wrote.
+        model: A class of models or an Auto class, for `model.from_pretrained(folder)`; or a new `torch.nn.Module`
+            without dendrites, for one that is not a `PreTrainedModel`.
+        folder (`str` or `Path`): `final/` of a run, any of its checkpoints, or what `save_model` wrote.
+
+    Returns:
+        The model, in evaluation mode.
     """
-    return model_class.from_pretrained(folder)
+    return model.from_pretrained(folder) if isinstance(model, type) else loading.load_module(model, folder)
 
 
 def __getattr__(name: str):
-    if name not in _HOME:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        return getattr(import_module(f".{_HOME[name]}", __name__), name)
+        return getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
     except ModuleNotFoundError as error:
         if error.name != "perforatedai":
             raise
@@ -47,4 +51,4 @@ def __getattr__(name: str):
 
 
 def __dir__():
-    return [*__all__, "__version__", "layers"]
+    return [*__all__, "__version__", "loading"]

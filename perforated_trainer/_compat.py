@@ -74,7 +74,16 @@ def has_adapters(model: torch.nn.Module) -> bool:
     Library: transformers 5.5 to 5.23, `PreTrainedModel._hf_peft_config_loaded`. Why: the public `active_adapters` needs
     peft and raises where there are none. Can go when there is a public way to ask.
     """
-    return model._hf_peft_config_loaded
+    return getattr(model, "_hf_peft_config_loaded", False)
+
+
+def is_new(parameter: torch.nn.Parameter) -> bool:
+    """Whether `from_pretrained` found no value for a parameter, as for a new head.
+
+    Library: transformers 5.5 to 5.24, `Parameter._is_hf_initialized`, which it sets on what it loads. Can go when a
+    model says which of its parameters are new.
+    """
+    return not getattr(parameter, "_is_hf_initialized", False)
 
 
 def forget_preparation(model: torch.nn.Module) -> None:
@@ -84,6 +93,16 @@ def forget_preparation(model: torch.nn.Module) -> None:
     was only evaluated, and then leaves it unwrapped. Can go when each `Trainer.train()` wraps its model.
     """
     model._is_accelerate_prepared = False
+
+
+def forget_optimizer(accelerator: Accelerator) -> None:
+    """Release the optimizers and schedulers that accelerate has prepared, and the models, which it prepares again.
+
+    Library: accelerate 1.15, `Accelerator._optimizers`, `_schedulers` and `_models`. Why: old ones would be kept in
+    memory and stepped with, and the public `free_memory` releases data loaders, too. Can go when one can be released.
+    """
+    for prepared in (accelerator._optimizers, accelerator._schedulers, accelerator._models):
+        prepared.clear()
 
 
 def forget_model(accelerator: Accelerator, model: torch.nn.Module) -> None:

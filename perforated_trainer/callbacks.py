@@ -1,7 +1,8 @@
-"""What happens beside the training, one class a job: progress, a loss not finite, pictures, a signal to stop."""
+"""Callbacks of the trainer: progress bar, non-finite loss check, plots, signal handling."""
 
 import contextlib
 import math
+import shutil
 import signal
 import sys
 import time
@@ -13,9 +14,11 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 
-from . import plot, report, shortcuts
+from . import checkpoint, plot, report
 from .arguments import PerforatedError, run_name
-from .tracker import DendriteTracker
+
+
+PERFORATEDAI = "perforatedai"  # folder of the graphs and tables of perforatedai
 
 
 def say(line: str) -> None:
@@ -25,11 +28,16 @@ def say(line: str) -> None:
         sys.stdout.flush()
 
 
-class ProgressCallback(TrainerCallback):
-    """A bar for the running cycle: steps, speed, and how long the score has not been better.
+class DendriteProgressCallback(TrainerCallback):
+    """A progress bar: steps, speed, and evaluations since the last improvement.
 
     Without a terminal: a plain line every 15 seconds at most. Replaces the Trainer's bar, which would count to the last
     of a million epochs.
+
+    Args:
+        score_name (`str`): The monitored metric.
+        greater_is_better (`bool`): Whether a higher score is better.
+        patience (`int`, *optional*): Evaluations without improvement before a dendrite is added.
     """
 
     def __init__(self, score_name: str, greater_is_better: bool, patience: int | None):
@@ -50,20 +58,21 @@ class ProgressCallback(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         self.bar.update()
 
-    def show(self, args, state):
-        """Show a validation that the tracker has heard of."""
-        rows = report.scores(state.log_history, self.score_name)
-        best = report.best(rows, self.score_name, self.greater_is_better)
-        losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
-        since = DendriteTracker.current.scores_since_best
-        shown = {"loss": f"{losses[-1]:.4f}"} if losses else {}
-        shown |= {f"best {report.unit(self.score_name)}": f"{best[self.score_name]:.4f}"}
-        words = [f"{name} {value}" for name, value in shown.items()]
-        words.append(report.count(rows[-1]["dendrites"], "dendrite"))
-        if self.patience is None:
-            words.append(f"cycle ends at step {state.max_steps:,}")
-        else:
-            words.append(f"{since} of {self.patience} evaluations without a better score")
+    def show(self, args, state, policy, num_dendrites: int) -> None:
+        """Show an evaluation that the policy has decided about.
+
+        Args:
+            args, state: Of the Trainer.
+            policy (`Policy`): Best score and evaluations since the last improvement.
+            num_dendrites (`int`): Of the network now.
+        """
+        losses = [entry["loss"] for entry in state.log_history[-9:] if "loss" in entry]
+        words = [f"loss {losses[-1]:.4f}"] if losses else []
+        if policy.best_score is not None:
+            words.append(f"best {report.unit(self.score_name)} {policy.best_score:.4f}")
+        words.append(report.count(num_dendrites, "dendrite"))
+        if self.patience is not None:
+            words.append(f"{policy.evaluations_since_improvement} of {self.patience} evaluations without improvement")
         self.bar.set_description_str(", ".join(words))
         if self.bar.disable and not args.disable_tqdm and time.monotonic() - self.last_line > 15:
             self.last_line = time.monotonic()
@@ -88,36 +97,51 @@ class FiniteLossCallback(TrainerCallback):
                 )
 
 
-class PlotCallback(TrainerCallback):
-    """Draws `<run>.png` and the library's own graphs: while training, which takes a hundredth of the time at most."""
+class DendriteCallback(TrainerCallback):
+    """Watches which layers the training uses.
 
-    def __init__(self, score_name: str, greater_is_better: bool):
-        self.score_name, self.greater_is_better = score_name, greater_is_better
-        self.drawn, self.seconds = time.monotonic(), 0.2  # when, and what a picture costs
+    Args:
+        trainer (`PerforatedTrainer`): Its growth at each step is the one that is told.
+    """
+
+    def __init__(self, trainer):
+        self._trainer = trainer
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self._trainer.growth.watch_gradients()
+
+
+class PlotCallback(TrainerCallback):
+    """Draws `<run>.png` and the graphs of perforatedai while training, in at most a hundredth of the time.
+
+    Args:
+        trainer (`PerforatedTrainer`): The metric and the graphs are taken from it.
+    """
+
+    def __init__(self, trainer):
+        self._trainer = trainer
+        self.drawn, self.seconds = time.monotonic(), 0.2  # when, and how long a plot takes
 
     def on_evaluate(self, args, state, control, **kwargs):
         if time.monotonic() - self.drawn > 100 * self.seconds:
             self.draw(args, state)
 
-    def draw(self, args, state):
+    def draw(self, args, state) -> None:
         """Draw now; the trainer does at the end of a run."""
-        began = time.monotonic()
+        began, trainer = time.monotonic(), self._trainer
         if state.is_world_process_zero:
-            path = Path(args.output_dir, f"{run_name(args)}.png")
+            folder = Path(args.output_dir)
+            path = folder / f"{run_name(args)}.png"
             try:
-                DendriteTracker.current.draw()
-                plot.draw(state.log_history, self.score_name, self.greater_is_better, path)
-            except OSError as error:  # a full disk, say; the training needs no picture
+                for file in trainer.growth.library.draw() if trainer.growth.library else ():
+                    (folder / PERFORATEDAI).mkdir(exist_ok=True)
+                    with checkpoint.replacing(folder / PERFORATEDAI / file.name) as temporary:
+                        shutil.copyfile(file, temporary)
+                plot.draw(state.log_history, trainer.score_name, args.greater_is_better, path)
+            except OSError as error:  # a full disk, for example; the training needs no plot
                 say(f"warning: {path} cannot be drawn: {error}")
         self.drawn = time.monotonic()
         self.seconds = self.drawn - began
-
-
-class ShortcutsCallback(TrainerCallback):
-    """A cycle has its modules and parameters once it begins; the trainer takes the shortcuts away at its end."""
-
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        shortcuts.take(model)
 
 
 class StopSignalCallback(TrainerCallback):
@@ -133,18 +157,23 @@ class StopSignalCallback(TrainerCallback):
     def __enter__(self):
         self.number = None
         with contextlib.suppress(ValueError):  # signals can be caught in the main thread only
-            self._before = {number: signal.signal(number, self._heard) for number in (signal.SIGINT, signal.SIGTERM)}
+            self._before = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *error):
         while self._before:
             signal.signal(*self._before.popitem())
 
-    def _heard(self, number, frame):
+    def _receive(self, number, frame):
         if self.number:
             raise KeyboardInterrupt
         self.number = number
         say("stopping after the next checkpoint; press Ctrl-C again to stop at once")
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self.number and state.epoch != int(state.epoch):
+            # The epoch is cut short: an uninterrupted run has no evaluation here.
+            control.should_evaluate = control.should_save = control.should_log = False
 
     def on_step_end(self, args, state, control, **kwargs):
         if args.world_size > 1:  # several processes agree every ten steps, so that all stop at the same one

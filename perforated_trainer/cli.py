@@ -1,7 +1,6 @@
 """The command line of a training script: its flags, and errors that a user can cause as one line and a status."""
 
 import gc
-import json
 import os
 import re
 import sys
@@ -13,7 +12,7 @@ import torch
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.utils import logging
 
-from . import report, run_folder
+from . import checkpoint, report, run_dir
 from .arguments import PerforatedError, is_resumed, refuse_arguments
 
 
@@ -71,7 +70,7 @@ def parse_arguments(
     if values["control_of"]:
         run = Path(values["control_of"])
         if main_process():
-            run_folder.results_of(run)  # before any data is read
+            run_dir.results_of(run, from_command_line=True)  # before any data is read
         given = None if values["save_name"] is parser.get_default("save_name") else values["save_name"]
         given = values["output_dir"] or given
         if given is None or Path(given).resolve() == run.resolve():
@@ -90,11 +89,13 @@ def parse_arguments(
         values["use_cpu"] = True  # else the Trainer would take the processes for separate runs
     refuse_arguments(values)  # before TrainingArguments finds other words for it
     if not is_resumed(values["resume_from_checkpoint"]) and main_process():
-        run_folder.check_free(Path(values["output_dir"]), values["overwrite_run"])
+        folder, run = Path(values["output_dir"]), values["control_of"]
+        run_dir.check_free(folder, values["overwrite_run"], control_of=run, from_command_line=True)
     try:
         parsed = parser.parse_dict(values)
     except (ValueError, ImportError, TypeError) as refused:
         error(str(refused).splitlines()[0])
+    parsed[-1].from_command_line = True
     if parsed[-1].log_level == "debug":
         warnings.simplefilter("default")
         logging.set_verbosity_debug()
@@ -104,10 +105,10 @@ def parse_arguments(
 def already_finished(training_args: TrainingArguments) -> bool:
     """Whether the run that is to be resumed was ended by its tracker; its results are then printed once more."""
     folder = Path(training_args.output_dir)
-    if not is_resumed(training_args.resume_from_checkpoint) or not (folder / run_folder.RESULTS).is_file():
+    if not is_resumed(training_args.resume_from_checkpoint) or not (folder / run_dir.RESULTS).is_file():
         return False
-    results = json.loads((folder / run_folder.RESULTS).read_text(encoding="utf-8"))
+    results = checkpoint.read_json(folder / run_dir.RESULTS)
     if results["stopped_by"] == "tracker" and main_process():
         print(f"the run in {folder} is complete")
-        print(report.summary(results, folder))
+        print(report.summary(results, folder, from_command_line=True))
     return results["stopped_by"] == "tracker"

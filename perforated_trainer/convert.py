@@ -1,19 +1,19 @@
-"""Which modules of a network get dendrites, and its conversion. Touches no disk."""
+"""Which modules of a network get dendrites, and why others do not. Nothing on disk is touched."""
 
 import itertools
 import re
 from collections import Counter
+from dataclasses import dataclass, field
 
 import torch
+from torch import nn
 from torch.nn import Conv1d, Conv2d, Conv3d
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.utils import logging
 
-from . import _compat, layers, patterns, price
+from . import _compat, layers, loading, parameter_count, patterns
 from .arguments import LAYER_TYPES, DendriteArguments, PerforatedError, check_arguments
-from .control import ControlTracker
-from .scaffold import refuse_other_variant
-from .tracker import DendriteTracker
+from .weight_reads import layers_read
 
 logger = logging.get_logger(__name__)
 
@@ -25,125 +25,153 @@ _NORMS = tuple(
 )
 
 
-def perforate(
-    model: PreTrainedModel, dendrite_args: DendriteArguments, training_args: TrainingArguments
-) -> PreTrainedModel:
-    """Convert `model` in place so that dendrites can be added to it, and return it.
+@dataclass
+class Plan:
+    """Which layers of a model get dendrites.
 
-    The library keeps one tracker per process: a second call replaces the first one's. `PerforatedTrainer` does this by
-    itself for a model that is not converted.
+    Attributes:
+        names (`list[str]`): The layers.
+        norms (`dict[str, str]`): For a convolution that is joined with its normalization, the name of that.
+        excluded (`dict[str, list[str]]`): Names of modules with weights that get none, by reason.
+        trained (`list[str]`): With `freeze_base`, the parameters of the model that are trained next to the dendrites.
+    """
+
+    names: list[str]
+    norms: dict[str, str] = field(default_factory=dict)
+    excluded: dict[str, list[str]] = field(default_factory=dict)
+    trained: list[str] = field(default_factory=list)
+
+
+def perforate(model: nn.Module, dendrite_args: DendriteArguments, training_args: TrainingArguments) -> nn.Module:
+    """Prepare a model for dendrites, in place. `PerforatedTrainer` does this by itself.
+
+    The model stays the object that it is, with the same names of modules and parameters; its class becomes a subclass of
+    the same name, whose `save_pretrained` saves dendrites. A registered second `base_model` is deleted.
 
     Args:
-        model: any PreTrainedModel whose `save_pretrained` writes all of it.
-        dendrite_args: which modules get dendrites, and when.
-        training_args: metric, device and direction are taken from it; the mode of a plateau schedule is set in it.
+        model (`nn.Module`): A `PreTrainedModel`, or a module that contains some, or any module whose forward returns what
+            the Trainer accepts.
+        dendrite_args (`DendriteArguments`): Which modules get dendrites, and when. `PerforatedTrainer` uses them if it
+            receives none.
+        training_args (`TrainingArguments`): Checked together with `dendrite_args`.
 
-    Raises PerforatedError for settings that cannot work.
+    Returns:
+        `nn.Module`: The same model.
+
+    Raises:
+        PerforatedError: If something cannot work. The model is then unchanged.
     """
-    refuse_other_variant()
-    if not isinstance(model, PreTrainedModel) or _compat.has_adapters(model):
-        raise PerforatedError(
-            f"{type(model).__name__}: a PreTrainedModel is needed whose save_pretrained writes all of it. Adapters of "
-            "peft: merge them before, model = model.merge_and_unload(), or give them dendrites too: put them in with "
-            "peft.inject_adapter_in_model, in the __init__ of a model class of your own (docs/adapters.md)"
-        )
-    check_arguments(dendrite_args, training_args)
-    for name in ("activation_checkpointing", "gradient_checkpointing"):  # the new name came with transformers 5.21
-        if getattr(training_args, name, False) and not model.supports_gradient_checkpointing:
-            raise PerforatedError(f"--{name}: {type(model).__name__} does not support it")
-    if training_args.lr_scheduler_type == "reduce_lr_on_plateau":  # PyTorch takes lower as better for any metric
-        mode = {"mode": "max" if training_args.greater_is_better else "min"}
-        training_args.lr_scheduler_kwargs = mode | (training_args.lr_scheduler_kwargs or {})
-    if training_args.n_gpu > 1:
-        _compat.use_one_gpu(training_args)
-        logger.warning("Several GPUs are visible, one is used. All of them: torchrun --nproc_per_node N <script>")
+    plan = plan_dendrites(model, dendrite_args, training_args)
     _delete_second_body(model)
-    if dendrite_args.control_of:
-        ControlTracker(model, dendrite_args, bool(training_args.greater_is_better), training_args.device)
-        return model
-    grown = {name: layers.split_dendrites(layer) for name, layer in layers.layers_with_dendrites(model).items()}
-    for name, layer in layers.layers_with_dendrites(model).items():
-        if layer.dendrite_activation != dendrite_args.dendrite_activation:
-            raise PerforatedError(
-                f"{name} has dendrites with --dendrite_activation {layer.dendrite_activation}: set it"
-            )
-    now = sum(p.numel() for p in model.parameters())
-    for name in grown:  # of a model that was trained with dendrites before, and gets more
-        layers.remove_dendrites(model.get_submodule(name))
-    if dendrite_args.dendrite_activation not in layers.ACTIVATIONS:
-        known = ", ".join(layers.ACTIVATIONS)
-        raise PerforatedError(f"--dendrite_activation {dendrite_args.dendrite_activation}: use one of {known}")
-    joined = _join_normalization(model) if dendrite_args.join_normalization else []
-    ids, left = _ids_to_perforate(model, dendrite_args, set(grown))
-    for name in joined:
-        if name not in ids:
-            layers.separate(model, name)
-    table = _price(model, dendrite_args, ids, left, grown, now)
-    tracker = DendriteTracker(
-        model,
-        dendrite_args,
-        module_ids=ids,
-        grown=grown,
-        check_output=_check_and_name_dimensions if not dendrite_args.output_dimensions else _check_output,
-        metric=training_args.metric_for_best_model,
-        greater_is_better=bool(training_args.greater_is_better),
-        device=training_args.device,
-    )
-    tracker.table = table
+    if dendrite_args.freeze_base:
+        for name, parameter in model.named_parameters():
+            is_dendrite = any(part.startswith("dendrite") for part in name.split("."))
+            if parameter.is_floating_point():
+                parameter.requires_grad_(is_dendrite or name in plan.trained)
+    for module in outermost_models(model):
+        loading.make_dendritic(module)
+    model.dendrite_args = dendrite_args
     return model
 
 
-def _delete_second_body(model: PreTrainedModel) -> None:
+def outermost_models(model: nn.Module) -> list[PreTrainedModel]:
+    """The models of transformers in a module that are not a part of another one."""
+    if isinstance(model, PreTrainedModel):
+        return [model]
+    return [found for child in model.children() for found in outermost_models(child)]
+
+
+def plan_dendrites(model: nn.Module, dendrite_args: DendriteArguments, training_args: TrainingArguments) -> Plan:
+    """Check everything that can be checked before a training, and choose the layers. Changes nothing.
+
+    Raises:
+        PerforatedError: For arguments that cannot work with this model.
+    """
+    args = dendrite_args
+    if not isinstance(model, nn.Module) or any(map(_compat.has_adapters, outermost_models(model))):
+        raise PerforatedError(
+            f"{type(model).__name__}: save_pretrained would write the adapters of peft alone. Merge them before, model = "
+            "model.merge_and_unload(), or give them dendrites too: insert them with peft.inject_adapter_in_model in the "
+            "__init__ of a model class of your own (docs/fine_tuning.md)"
+        )
+    check_arguments(args, training_args)
+    for name in ("activation_checkpointing", "gradient_checkpointing"):  # the new name came with transformers 5.21
+        if getattr(training_args, name, False) and not getattr(model, "supports_gradient_checkpointing", True):
+            raise PerforatedError(f"--{name}: {type(model).__name__} does not support it")
+    if args.dendrite_activation not in layers.ACTIVATIONS:
+        known = ", ".join(layers.ACTIVATIONS)
+        raise PerforatedError(f"--dendrite_activation {args.dendrite_activation}: use one of {known}")
+    _check_quantization_mark(model)
+    for name, layer in layers.layers_with_dendrites(model).items():
+        if layer.dendrite_activation != args.dendrite_activation:
+            raise PerforatedError(
+                f"{name} has dendrites with --dendrite_activation {layer.dendrite_activation}: set it"
+            )
+        if (rank := getattr(layer, "dendrite_rank", None)) != args.dendrite_rank:
+            needed = f"--dendrite_rank {rank}: set it" if rank else "full rank: leave out --dendrite_rank"
+            raise PerforatedError(f"{name} has dendrites of {needed}")
+    plan = _choose(model, args)
+    if args.freeze_base:
+        plan.trained = _trained_next_to_dendrites(model, args)
+        if not plan.names and not plan.trained:
+            raise PerforatedError("--freeze_base: nothing would be trained, neither dendrites nor --modules_to_train")
+    sizes = planned_sizes(model, args, plan)
+    parameter_count.check_fits(sizes, args)
+    return plan
+
+
+def _check_quantization_mark(model: nn.Module) -> None:
+    """Refuse a config that says that the model is quantized if its weights are not."""
+    for part in outermost_models(model):
+        mark = getattr(part.config, "quantization_config", None)
+        if (
+            mark is not None
+            and getattr(part, "hf_quantizer", None) is None
+            and not getattr(part, "is_quantized", False)
+        ):
+            method = mark.get("quant_method") if isinstance(mark, dict) else getattr(mark, "quant_method", None)
+            if method == loading.METHOD:  # of a config that was loaded from a folder with dendrites
+                del part.config.quantization_config
+                continue
+            raise PerforatedError(
+                f"the config of {type(part).__name__} has a quantization_config ({method}), but its weights are not "
+                "quantized, and what is saved would not load: del model.config.quantization_config"
+            )
+
+
+def _delete_second_body(model: nn.Module) -> None:
     """Delete a registered `base_model`: a second name by which the body would be trained, counted and saved twice.
 
-    Where `base_model` is only the read-only property of transformers, nothing is registered and nothing is done.
+    If `base_model` is only the read-only property of transformers, nothing is registered and nothing is done.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     if sum(module is modules.get("base_model") for module in modules.values()) > 1:
         del model.base_model
 
 
-def _join_normalization(model: PreTrainedModel) -> list[str]:
-    """Make one block of each convolution and the normalization that its parent registers right after it."""
-    pairs = []
+def _normalizations(model: nn.Module) -> dict[str, str]:
+    """For each convolution that a normalization of its channels follows in its parent: the name of that."""
+    pairs = {}
     for parent, module in model.named_modules():
-        children = list(module.named_children())
-        for (name, layer), (norm, follower) in itertools.pairwise(children):
+        for (name, layer), (norm, follower) in itertools.pairwise(module.named_children()):
             channels = getattr(follower, "num_features", getattr(follower, "num_channels", None))
             if isinstance(layer, _CONVOLUTIONS) and isinstance(follower, _NORMS) and channels == layer.out_channels:
-                pairs.append((f"{parent}.{name}".strip("."), norm))
-    for name, norm in pairs:
-        layers.join(model, name, norm)
-    return [name for name, _ in pairs]
+                pairs[f"{parent}.{name}".strip(".")] = norm
+    return pairs
 
 
-def _kind(module: torch.nn.Module) -> str:
-    """The type of a module; of a convolution joined with its normalization, that of the convolution."""
-    return type(module[0] if hasattr(module, "joined_norm") else module).__name__
+def kind_of(module: nn.Module) -> str:
+    """The name of a module's class without its dendrites; of a convolution joined with its normalization, of that."""
+    return layers.base_class(module[0] if hasattr(module, "joined_norm") else module).__name__
 
 
-def _price(
-    model: PreTrainedModel, args: DendriteArguments, ids: list[str], left: dict, grown: dict[str, tuple], now: int
-) -> str:
-    """The table of what dendrites cost. Raises PerforatedError where not one fits `max_parameters`."""
-    modules, found = dict(model.named_modules()), {}
-    for name in ids:
-        number = sum(p.numel() for p in modules[name].parameters())
-        found[name] = _kind(modules[name]), number, price.neurons_of(modules[name])
-    before = max((len(dendrites) for dendrites, *_ in grown.values()), default=0)
-    most = 3 if args.testing_dendrite_capacity else args.max_dendrites if args.doing_pai else 0
-    sizes = price.sizes(now, [layer for _, *layer in found.values()], before, most)
-    price.check_fits(sizes, args)
-    return price.table(found, left, sizes, before, args.max_parameters)
-
-
-def _asked(model: PreTrainedModel, args: DendriteArguments) -> set[str]:
+def _asked(model: nn.Module, args: DendriteArguments) -> set[str]:
     """Names of the modules in `module_ids_to_perforate`.
 
     A regular expression such as `.*attention.*` matches containers, dropout and norms as well: it means layers of the
-    usual types, and where it matches none of these, what it matches.
+    usual types, or what it matches if none of these is of a usual type.
     """
-    kinds, asked = {name: _kind(module) for name, module in model.named_modules()}, set()
+    kinds, asked = {name: kind_of(module) for name, module in model.named_modules()}, set()
     usual = set(LAYER_TYPES) | set(args.module_names_to_perforate)
     for pattern, names in patterns.find(args.module_ids_to_perforate, list(kinds)).items():
         layers_in_it = [name for name in names if kinds[name] in usual] if patterns.is_expression(pattern) else []
@@ -151,49 +179,158 @@ def _asked(model: PreTrainedModel, args: DendriteArguments) -> set[str]:
     return asked
 
 
-def _ids_to_perforate(
-    model: PreTrainedModel, args: DendriteArguments, grown: set[str]
-) -> tuple[list[str], dict[str, list[str]]]:
-    """Names of the modules that get dendrites, and of those that have weights and get none, by type."""
-    asked = _asked(model, args) | grown
+def _choose(model: nn.Module, args: DendriteArguments) -> Plan:
+    """Choose the layers that get dendrites, with the reason for each module with weights that gets none."""
+    grown = layers.layers_with_dendrites(model)
+    asked, norms = _asked(model, args), _normalizations(model) if args.join_normalization else {}
     every = [name for name, _ in model.named_modules()]
     tracked = {name for names in patterns.find(args.module_ids_to_track, every).values() for name in names}
     last = None if args.perforate_last_blocks is None else set(patterns.last_blocks(model, args.perforate_last_blocks))
-    # Each dendrite of a tied layer, or of one that gives logits over a vocabulary, would copy its large matrix.
+    # Each dendrite of a tied layer, or of an output embedding, would copy its large matrix.
     names = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
-    logits, ids, left = model.get_output_embeddings(), [], {}
+    twice = {
+        module
+        for module, count in Counter(m for _, m in model.named_modules(remove_duplicate=False)).items()
+        if count > 1
+    }
+    outputs = {part.get_output_embeddings() for part in outermost_models(model)} - {None}
+    reads, plan, joined = layers_read(model), Plan([]), set()
     for name, module in model.named_modules():
-        path, kind = {name, *(name[:i] for i, letter in enumerate(name) if letter == ".")}, _kind(module)
+        path, kind = {name, *(name[:i] for i, letter in enumerate(name) if letter == ".")}, kind_of(module)
+        if path & set(plan.names) or name in joined or _is_part_of_dendrites(path, grown):
+            continue
+        own = list(module.parameters())
         if kind in args.module_names_to_track and name not in asked:
             tracked.add(name)
-        if path & set(ids):
-            continue
-        safe = all(p.requires_grad and names[id(p)] == 1 for p in module.parameters()) and module is not logits
-        by_type = safe and kind in args.module_names_to_perforate and (last is None or path & last)
-        if not path & tracked and (name in asked or by_type):
-            ids.append(name)
+        frozen = not args.freeze_base and any(not p.requires_grad for p in own)
+        reason = None
+        if path & tracked:
+            reason = "excluded"
+        elif name in grown:
+            pass
+        elif name in reads:
+            reason = f"weights are read by {reads[name]}"
+        elif name not in asked:
+            if kind not in args.module_names_to_perforate:
+                reason = "other type of layer"
+            elif last is not None and not path & last:
+                reason = f"not in the last {args.perforate_last_blocks} blocks"
+            elif module in outputs:
+                reason = "output embedding"
+            elif any(names[id(p)] > 1 for p in own) or module in twice:
+                reason = "weights are tied"
+            elif frozen:
+                reason = "frozen"
+            elif args.freeze_base and name and _is_new(module):
+                reason = "newly initialized, trained in full"
+        if reason is None and args.dendrite_rank and name not in grown:
+            reason = _no_low_rank(module, args.dendrite_rank)
+            if reason and name in asked:
+                raise PerforatedError(f"--dendrite_rank {args.dendrite_rank}: {name} {reason}")
+        if reason is None:
+            plan.names.append(name)
+            if name in norms and name not in grown:
+                plan.norms[name] = norms[name]
+                parent = name.rpartition(".")[0]
+                joined.add(f"{parent}.{norms[name]}".strip("."))
         elif next(module.parameters(recurse=False), None) is not None:
-            left.setdefault(kind, []).append(re.sub(r"\.\d+", ".*", name) or "the model itself")
-    if not ids:
+            plan.excluded.setdefault(reason, []).append(name or "the model itself")
+    if not plan.names and not (args.freeze_base and args.modules_to_train):
+        if args.dendrite_rank and any("rank" in reason for reason in plan.excluded):
+            raise PerforatedError(
+                f"--dendrite_rank {args.dendrite_rank} is not below the smaller side of any layer that could get dendrites"
+            )
         raise PerforatedError("no module can get dendrites: weights tied, frozen or with two names, or no such type")
-    return ids, left
+    return plan
 
 
-def _check_output(module: torch.nn.Module, output) -> None:
-    """Raise PerforatedError where a layer that gets dendrites gives something else than one tensor."""
-    if module.processor is None and not isinstance(output, torch.Tensor):  # else the user told how to make one of it
-        name = module.name[1:]
-        raise PerforatedError(
-            f"{name} returns a {type(output).__name__}, and dendrites need one tensor: give them to modules in it, "
-            f"with --module_ids_to_perforate, or to nothing in it, with --module_ids_to_track {name}"
-        )
+def _is_part_of_dendrites(path: set[str], grown: dict) -> bool:
+    """Whether a module is a dendrite, or in a layer that has some."""
+    return any(name in grown for name in path if name not in (max(path, key=len),))
 
 
-def _check_and_name_dimensions(module: torch.nn.Module, output) -> None:
-    """Also tell the library which dimension is the neurons': the second of a convolution, the last of anything else."""
-    _check_output(module, output)
-    if module.processor is None:
-        convolutions = (m for m in module.main_module.modules() if isinstance(m, _CONVOLUTIONS))
-        dimensions = [-1] * output.ndim
-        dimensions[1 if any(len(m.kernel_size) + 2 == output.ndim for m in convolutions) else -1] = 0
-        module.set_this_output_dimensions(dimensions)
+def _no_low_rank(module: nn.Module, rank: int) -> str | None:
+    try:
+        smallest = layers.rank_limit(module)
+    except ValueError:
+        return "cannot have dendrites of low rank"
+    return None if rank < smallest else f"has a smaller side of {smallest}, not above the rank"
+
+
+def _is_new(module: nn.Module) -> bool:
+    own = list(module.parameters(recurse=False))
+    return bool(own) and all(map(_compat.is_new, own))
+
+
+def _trained_next_to_dendrites(model: nn.Module, args: DendriteArguments) -> list[str]:
+    """With `freeze_base`, the names of the model's own parameters that are trained."""
+    every = [name for name, _ in model.named_modules()]
+    chosen = {name for names in patterns.find(args.modules_to_train, every).values() for name in names}
+    parameters = dict(model.named_parameters())
+    if all(map(_compat.is_new, parameters.values())):
+        new = set()  # not from `from_pretrained`: nothing says what is new
+    else:
+        new = {name for name, parameter in parameters.items() if _compat.is_new(parameter)}
+    trained = [
+        name
+        for name in parameters
+        if not any(part.startswith("dendrite") for part in name.split("."))
+        and (name in new or any(name.startswith(f"{module}.") for module in chosen))
+    ]
+    if args.modules_to_train == [] and not new and not args.num_initial_dendrites and not args.doing_pai:
+        raise PerforatedError("--freeze_base: nothing would be trained; name --modules_to_train")
+    return trained
+
+
+# ------------------------------------------------------------------------------------------------- number of parameters
+
+
+def planned_sizes(model: nn.Module, args: DendriteArguments, plan: Plan) -> list[int]:
+    """Number of parameters of the network now and with each further dendrite."""
+    before = num_dendrites_of(model)
+    most = 3 if args.testing_dendrite_capacity else max(args.max_dendrites - before, 0) if args.doing_pai else 0
+    now = sum(p.numel() for p in model.parameters())
+    found = [(*dendrite_size(model, name, plan, args), before) for name in plan.names]
+    return parameter_count.sizes(now, [size[:2] for size in found], before, most)
+
+
+def num_dendrites_of(model: nn.Module) -> int:
+    """The largest number of dendrites that a layer of the model has."""
+    return max((layer.num_dendrites for layer in layers.layers_with_dendrites(model).values()), default=0)
+
+
+def dendrite_size(model: nn.Module, name: str, plan: Plan, args: DendriteArguments) -> tuple[int, int]:
+    """Parameters of a dendrite of a layer, without its weights to other neurons; and the number of neurons."""
+    module = model.get_submodule(name)
+    neurons = parameter_count.neurons_of(module)
+    if args.dendrite_rank:
+        return parameter_count.of_low_rank(module, args.dendrite_rank, neurons), neurons
+    own = sum(p.numel() for n, p in module.named_parameters() if not n.startswith("dendrite"))
+    if norm := plan.norms.get(name):
+        parent = model.get_submodule(name.rpartition(".")[0])
+        own += sum(p.numel() for p in getattr(parent, norm).parameters())
+    return own, neurons
+
+
+def table(model: nn.Module, args: DendriteArguments, plan: Plan) -> str:
+    """The table of what gets dendrites, what does not and why, and the number of parameters with each dendrite."""
+    found = {}
+    for name in plan.names:
+        module = model.get_submodule(name)
+        found[name] = kind_of(module), *dendrite_size(model, name, plan, args)
+    every = [name for name, module in model.named_modules()]
+    sizes, before = planned_sizes(model, args, plan), num_dendrites_of(model)
+    return parameter_count.table(found, plan.excluded, every, sizes, before, args.max_parameters)
+
+
+def dimension_of_neurons(module: nn.Module, ndim: int | None = None) -> int:
+    """Dimension of the neurons in the output, from the end: after the batch for a convolution, the last for all else.
+
+    Args:
+        module (`nn.Module`): A layer or a block.
+        ndim (`int`, *optional*): Number of dimensions of its output, if known.
+    """
+    for part in module.modules():
+        if isinstance(part, _CONVOLUTIONS) and ndim in (None, len(part.kernel_size) + 2):
+            return -1 - len(part.kernel_size)
+    return -1

@@ -1,37 +1,25 @@
-"""Layers with dendrites in plain torch: the formula, the layers that are deployed, their saving and loading.
+"""Layers with dendrites, in plain PyTorch: the formula, and how a layer gets, keeps and loses its dendrites.
 
-A neuron y = W x + b gets n dendrites d_i = s(W_i x + b_i + sum over j < i of c_ij d_j); its output becomes
-y + sum over i of a_i d_i. The activation s is the sigmoid unless told otherwise; a and c hold one number a neuron.
-Source: perforatedai's open source `clean_perforatedai.py`; arXiv:2501.18018 has the idea.
+A layer y = W x + b gets n dendrites d_i = s(W_i x + b_i + sum over j < i of c_ij d_j), and its output becomes
+y + sum over i of a_i d_i. The activation s is the sigmoid by default; a and c hold one value per neuron. With a rank r,
+W_i is the product of two thin matrices, B_i A_i, which is never computed.
+Source: perforatedai's open source `clean_perforatedai.py`; arXiv:2501.18018 describes the idea.
 
-This file stands alone: a copy of it lies in folders of models as custom code. Its import makes transformers load
-dendrites: `from_pretrained` knows them as a "quantization method", which gets a model before its weights are loaded.
+A layer stays the layer that it is: its class becomes a subclass of what it was, in place, with more parameters. A copy
+of this file is saved next to models as custom code, so it imports nothing of the package.
 """
 
 from __future__ import annotations
 
 import copy
-import os
 from functools import cache
-from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import torch
 import torch.nn.functional as F
-import transformers
-from safetensors import SafetensorError, safe_open
 from torch import nn
+from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
-from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
-METHOD = VARIANT = "dendrites"
-FORMAT = 1  # of the saved model; raise it when a model saved now could not be loaded by older code
-# Names that transformers does not look for by itself: without this file it must fail, not load a part of the weights.
-WEIGHTS, INDEX = "model.dendrites.safetensors", "model.dendrites.safetensors.index.json"
-_STOCK_NAMES = "model.safetensors", "model.safetensors.index.json"
-_VARIANT_INDEX = "model.safetensors.index.dendrites.json"  # what save_pretrained(variant="dendrites") calls the index
-CODE = "dendrite_layers"  # name of the copy of this file in the folder of a model
 ACTIVATIONS = {
     "sigmoid": torch.sigmoid,
     "relu": torch.relu,
@@ -49,130 +37,65 @@ ACTIVATIONS = {
     "hardswish": F.hardswish,
     "hardtanh": F.hardtanh,
     "logsigmoid": F.logsigmoid,
+    "identity": lambda x: x,
 }
-
-# ------------------------------------------------------------------------------------------------------- the formula
-
-# Weights of a layer. To lay larger ones side by side costs more than one product saves; measured on a CPU.
+# Above this many weights, the dendrites of a layer are separate products: one large product saves nothing there and its
+# gradient is one large copy more. Measured on a CPU.
 FUSED_UP_TO = 2**16
 
 
-def _linear(layer, x, weight, bias):
-    return F.linear(x, weight, bias)
+# Class: dimension of the neurons in the output, counted from the end (a batch may be missing), and in the weight.
+_AXES = {nn.Linear: (-1, 0), nn.Conv1d: (-2, 0), nn.Conv2d: (-3, 0), nn.Conv3d: (-4, 0), Conv1D: (-1, 1)}
+_CONVOLVE = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
 
 
-def _transposed(layer, x, weight, bias):
-    return torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], weight.shape[1])
+def base_class(module: nn.Module) -> type:
+    """The class of a module without its dendrites and parametrizations.
 
-
-def _convolution(function):
-    def product(layer, x, weight, bias):
-        return function(x, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups)
-
-    return product
-
-
-# Class: product, dimension of the neurons in the output (from the end: a batch may be missing), and in the weight.
-_PRODUCTS = {
-    nn.Linear: (_linear, -1, 0),
-    nn.Conv1d: (_convolution(F.conv1d), -2, 0),
-    nn.Conv2d: (_convolution(F.conv2d), -3, 0),
-    nn.Conv3d: (_convolution(F.conv3d), -4, 0),
-    Conv1D: (_transposed, -1, 1),
-}
-
-
-def _base(module):
-    """Class of a module, without its dendrites; read from the class, so that two copies of this file understand."""
+    It is read from the class itself, so that two copies of this file in one process agree.
+    """
     cls = type(module)
+    if parametrize.is_parametrized(module):
+        cls = cls.__bases__[0]  # `Parametrized...` is made by torch for this one module
     return getattr(cls, "dendrite_base", cls)
 
 
-def can_fuse(layer: nn.Module) -> bool:
-    """Whether the layer and its dendrites are computed as one product: exact types, because a subclass may compute
-    something else."""
-    return _base(layer) in _PRODUCTS and getattr(layer, "padding_mode", "zeros") == "zeros"
+def can_fuse(module: nn.Module) -> bool:
+    """Whether all dendrites of a module are stacked into one weight, and computed as one product unless large.
+
+    True for exact types only, because a subclass may compute something else.
+    """
+    return base_class(module) in _AXES and getattr(module, "padding_mode", "zeros") == "zeros"
 
 
-def _is_large(layer):
-    return layer.weight.numel() > FUSED_UP_TO
+def _product(layer, x, weight, bias):
+    """The product of a layer's class, with another weight."""
+    base = base_class(layer)
+    if base is nn.Linear:
+        return F.linear(x, weight, bias)
+    if base is Conv1D:
+        return torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], weight.shape[1])
+    return _CONVOLVE[base](x, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups)
 
 
-def _product(layer, x, count, weights, biases):
-    """Outputs of `count` layers of one shape, computed as one where that pays, and the dimension of their neurons."""
-    product, dim, axis = _PRODUCTS[_base(layer)]
-    if _is_large(layer):
-        return [product(layer, x, *part) for part in zip(weights, biases or [None] * count)], dim  # noqa: B905
-    groups = getattr(layer, "groups", 1)
-    if groups == 1:
-        return product(layer, x, torch.cat(weights, axis), biases and torch.cat(biases)).chunk(count, dim), dim
-    # A group reads its own inputs only, so each group gets the neurons and the dendrites that belong to it.
-    weight = torch.cat([part.unflatten(0, (groups, -1)) for part in weights], 1).flatten(0, 1)
-    bias = biases and torch.cat([part.view(groups, -1) for part in biases], 1).flatten()
-    outputs = product(layer, x, weight, bias).unflatten(dim, (groups, count, -1)).unbind(dim - 1)
-    return [output.flatten(dim - 1, dim) for output in outputs], dim
-
-
-def _combine(outputs, to_dendrites, to_output, activation, dim):
-    """The formula, from the sums W x + b of the neurons and of each dendrite on."""
-    output, *sums = outputs
+def _combine(output, sums, to_dendrite, to_output, activation, dim):
+    """The formula, from the output of the layer and the sums W_i x + b_i of its dendrites."""
     ones = (1,) * (-1 - dim)
 
-    def numbers(rows):  # one tensor a row, in the dtype of the outputs, which autocast may have chosen
+    def values(rows):  # one tensor per row, in the dtype of the output, which autocast may have chosen
         return rows.to(output.dtype).view(*rows.shape, *ones).unbind()
 
-    dendrites = []
-    for i, (total, factor) in enumerate(zip(sums, numbers(to_output))):  # noqa: B905 - torch.compile; equal lengths
+    dendrites, between = [], to_dendrite.split(tuple(range(len(sums))))  # row i: the c_ij, j < i
+    for i, (total, factor) in enumerate(zip(sums, values(to_output))):  # noqa: B905 - torch.compile; equal lengths
         if i:
-            for weight, dendrite in zip(numbers(to_dendrites[i]), dendrites):  # noqa: B905
+            for weight, dendrite in zip(values(between[i]), dendrites):  # noqa: B905
                 total = torch.addcmul(total, weight, dendrite)
         dendrites.append(activation(total))
         output = torch.addcmul(output, factor, dendrites[-1])
     return output
 
 
-def forward_with_dendrites(
-    layer, dendrites, to_dendrites, to_output, *args, activation=torch.sigmoid, dim=-1, **kwargs
-) -> torch.Tensor:
-    """Output of a layer and its dendrites, with the parameters wherever training keeps them.
-
-    Args:
-        layer (`nn.Module`): The neurons. Called with `args` and `kwargs`, where it is not computed as one product.
-        dendrites (sequence of n `nn.Module`): Of the layer's class and shapes.
-        to_dendrites (sequence of n tensors): c. Number i has shape (i, out); number 0 is not read.
-        to_output (tensor (n, out)): a.
-        activation (callable): s.
-        dim (`int`): The dimension of the neurons in the output, counted from the end. Read for modules that are
-            not `can_fuse` only.
-
-    The formula is at the top of this file. Forward hooks of a layer that `can_fuse` do not run.
-    """
-    if can_fuse(layer) and all(type(dendrite) is type(layer) for dendrite in dendrites):
-        x = args[0] if args else next(iter(kwargs.values()))
-        weights = [layer.weight, *[dendrite.weight for dendrite in dendrites]]
-        biases = None if layer.bias is None else [layer.bias, *[dendrite.bias for dendrite in dendrites]]
-        outputs, dim = _product(layer, x, len(weights), weights, biases)
-    else:
-        outputs = [layer(*args, **kwargs), *[dendrite(*args, **kwargs) for dendrite in dendrites]]
-    return _combine(outputs, to_dendrites, to_output, activation, dim)
-
-
-def activation_name(function) -> str:
-    """Name of an activation in `ACTIVATIONS`, found by its values. ValueError where none is equal."""
-    x = torch.linspace(-10, 10, 101)
-    for name, known in ACTIVATIONS.items():
-        if torch.equal(function(x), known(x)):
-            return name
-    raise ValueError(
-        f"A model with the dendrite activation {function} cannot be saved; use one of {', '.join(ACTIVATIONS)}"
-    )
-
-
-# ---------------------------------------------------------------------------------------- layers that stay the layer
-
-
-def _new(mixin, base):
-    return (cls := dendrite_class(mixin, base)).__new__(cls)
+# --------------------------------------------------------------------------------------------- classes with dendrites
 
 
 class _Reduced:
@@ -185,12 +108,21 @@ class _Reduced:
         return _new, (self._dendrite_mixin, self.dendrite_base), state
 
 
+def _new(mixin, base):
+    return (cls := dendrite_class(mixin, base)).__new__(cls)
+
+
 class _Layer(_Reduced):
-    def _to_dendrites(self):
-        return self.dendrite_to_dendrite.split(tuple(range(self.num_dendrites)))  # row i: the c_ij, j < i
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        sums = self._sums(output, *args, **kwargs)
+        activation = ACTIVATIONS[self.dendrite_activation]
+        return _combine(output, sums, self.dendrite_to_dendrite, self.dendrite_to_output, activation, self.dendrite_dim)
 
     def extra_repr(self):
-        return ", ".join(filter(None, [super().extra_repr(), f"num_dendrites={self.num_dendrites}"]))
+        rank = getattr(self, "dendrite_rank", None)
+        parts = [super().extra_repr(), f"num_dendrites={self.num_dendrites}", rank and f"dendrite_rank={rank}"]
+        return ", ".join(filter(None, parts))
 
 
 def _parts(stacked, number, axis):
@@ -200,24 +132,46 @@ def _parts(stacked, number, axis):
 
 
 class _Fused(_Layer):
-    def forward(self, input):
-        number = self.num_dendrites if _is_large(self) or getattr(self, "groups", 1) > 1 else 1
-        weights = _parts(self.dendrite_weight, number, _PRODUCTS[_base(self)][2])
-        biases = [] if self.bias is None else _parts(self.dendrite_bias, number, 0)
-        if _is_large(self):  # laid out in memory as while training: else the last bits of a product may differ
-            weights = [weight.clone(memory_format=torch.contiguous_format) for weight in weights]
-            biases = [bias.clone() for bias in biases]
-        weights, biases = [self.weight, *weights], None if self.bias is None else [self.bias, *biases]
-        outputs, dim = _product(self, input, self.num_dendrites + 1, weights, biases)
-        activation = ACTIVATIONS[self.dendrite_activation]
-        return _combine(outputs, self._to_dendrites(), self.dendrite_to_output, activation, dim)
+    """Dendrites of full rank, stacked along the dimension of the neurons."""
+
+    def _sums(self, output, input):
+        number, axis = self.num_dendrites, _AXES[base_class(self)][1]
+        if getattr(self, "groups", 1) == 1 and self.dendrite_weight.numel() <= FUSED_UP_TO * number:
+            sums = _product(self, input, self.dendrite_weight, getattr(self, "dendrite_bias", None))
+            return sums.chunk(number, self.dendrite_dim)
+        weights, biases = _parts(self.dendrite_weight, number, axis), [None] * number
+        if hasattr(self, "dendrite_bias"):
+            biases = _parts(self.dendrite_bias, number, 0)
+        return [_product(self, input, weight, bias) for weight, bias in zip(weights, biases)]  # noqa: B905
+
+
+class _LowRank(_Layer):
+    """Dendrites of low rank: the first factors of all are one product, the second ones are n thin ones.
+
+    The layer itself is called as it is, so it may be of another class, such as a quantized one.
+    """
+
+    def _sums(self, output, input):
+        number, base = self.num_dendrites, self._dendrite_kind
+        x = input.to(self.dendrite_down.dtype) if not torch.is_autocast_enabled(input.device.type) else input
+        if base in _CONVOLVE:
+            convolve = _CONVOLVE[base]
+            hidden = convolve(x, self.dendrite_down, None, self.stride, self.padding, self.dilation)
+        else:
+            convolve, hidden = F.linear, F.linear(x, self.dendrite_down)
+        hidden, ones = _parts(hidden, number, self.dendrite_dim), (1,) * (-1 - self.dendrite_dim)
+        ups, biases = self.dendrite_up.unbind(), self.dendrite_bias.unbind()
+        return [
+            convolve(part, up.view(*up.shape, *ones), bias).to(output.dtype)
+            for part, up, bias in zip(hidden, ups, biases)  # noqa: B905
+        ]
 
 
 class _Module(_Layer):
-    def forward(self, *args, **kwargs):
-        outputs = [super().forward(*args, **kwargs), *[dendrite(*args, **kwargs) for dendrite in self.dendrites]]
-        activation = ACTIVATIONS[self.dendrite_activation]
-        return _combine(outputs, self._to_dendrites(), self.dendrite_to_output, activation, self.dendrite_dim)
+    """Dendrites of any other module: copies of it."""
+
+    def _sums(self, output, *args, **kwargs):
+        return [dendrite(*args, **kwargs) for dendrite in self.dendrites]
 
 
 class _Sequence(_Module):
@@ -249,8 +203,8 @@ class DendriteConv3d(_Fused, nn.Conv3d):
 class DendriteConv1D(_Fused, Conv1D):
     dendrite_base, _dendrite_mixin = Conv1D, _Fused
 
-    def forward(self, x):
-        return super().forward(x)
+    def _sums(self, output, x):
+        return super()._sums(output, x)
 
 
 _FUSED = {
@@ -259,135 +213,260 @@ _FUSED = {
 
 
 @cache
-def dendrite_class(mixin, base):
+def dendrite_class(mixin: type, base: type) -> type:
     """The one class that adds `mixin` (how it computes, or how it is saved) to `base`."""
     if mixin is _Fused:
         return _FUSED[base]
     names = {"dendrite_base": base, "_dendrite_mixin": mixin, "__module__": base.__module__, "__doc__": base.__doc__}
+    if mixin is _LowRank:
+        names["_dendrite_kind"] = _kind(base)
     if issubclass(mixin, _Layer):
         return type(f"Dendrite{base.__name__}", (mixin, base), names)
     return type(base.__name__, (mixin, base), names | {"__qualname__": base.__qualname__})
 
 
-def add_dendrites(module, num_dendrites, dim=None, activation="sigmoid", neurons=None) -> nn.Module:
-    """Give a module dendrites whose numbers are all zero, in place: its class becomes a subclass of what it was.
+def _kind(base):
+    """The class in `_AXES` that a class is or is made from: quantized layers are subclasses of nn.Linear."""
+    return next((kind for kind in _AXES if issubclass(base, kind)), None)
+
+
+def _set_class(module, mixin):
+    base = type(module)
+    if not parametrize.is_parametrized(module):
+        module.__class__ = dendrite_class(mixin, base)
+        return
+    # torch expects the class below its own one to be what it parametrizes.
+    below = dendrite_class(mixin, base.__bases__[0])
+    names = {name: value for name, value in vars(base).items() if name not in ("__dict__", "__weakref__")}
+    module.__class__ = type(base.__name__, (below,), names)
+
+
+# ------------------------------------------------------------------------------------------ dendrites come and go
+
+
+def has_dendrites(module: nn.Module) -> bool:
+    """Whether a module is a layer with dendrites."""
+    return isinstance(getattr(type(module), "dendrite_base", None), type) and "num_dendrites" in vars(module)
+
+
+def layers_with_dendrites(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of a model that have dendrites, by name."""
+    return {name: module for name, module in model.named_modules() if has_dendrites(module)}
+
+
+def rank_limit(module: nn.Module) -> int:
+    """The smaller side of a layer's weight as a matrix, inputs of a neuron by neurons: a rank must be below it.
+
+    Raises:
+        ValueError: For a module that cannot have dendrites of low rank.
+    """
+    kind = _kind(base_class(module))
+    if kind is nn.Linear:
+        sizes = module.in_features, module.out_features
+    elif kind is Conv1D:
+        sizes = module.nx, module.nf
+    elif kind in _CONVOLVE and module.groups == 1 and module.padding_mode == "zeros":
+        inputs = module.in_channels
+        for size in module.kernel_size:
+            inputs *= size
+        sizes = inputs, module.out_channels
+    else:
+        raise ValueError(f"a {type(module).__name__} cannot have dendrites of low rank")
+    return min(sizes)
+
+
+def _shapes(module, number, neurons, rank):
+    """For each parameter of `number` dendrites: its shape, and the axis along which dendrites are stacked."""
+    shapes = {
+        "dendrite_to_dendrite": ((number * (number - 1) // 2, neurons), 0),
+        "dendrite_to_output": ((number, neurons), 0),
+    }
+    base = base_class(module)
+    if rank:
+        kind = _kind(base)
+        if kind in _CONVOLVE:
+            inputs = (module.in_channels, *module.kernel_size)
+        else:
+            inputs = (module.nx,) if kind is Conv1D else (module.in_features,)
+        shapes["dendrite_down"] = (number * rank, *inputs), 0
+        shapes["dendrite_up"] = (number, neurons, rank), 0
+        shapes["dendrite_bias"] = (number, neurons), 0
+    elif can_fuse(module):
+        axis, shape = _AXES[base][1], list(module.weight.shape)
+        shape[axis] *= number
+        shapes["dendrite_weight"] = shape, axis
+        if module.bias is not None:
+            shapes["dendrite_bias"] = (number * neurons,), 0
+    return shapes
+
+
+def add_dendrites(
+    module: nn.Module,
+    num_dendrites: int,
+    dim: int | None = None,
+    activation: str = "sigmoid",
+    neurons: int | None = None,
+    rank: int | None = None,
+) -> nn.Module:
+    """Give a module its first dendrites, all values zero, in place: its class becomes a subclass of what it was.
 
     Args:
-        module (`nn.Module`): Its own parameters keep their names. It gets `dendrite_weight`, `dendrite_bias` (those
-            of all dendrites along the dimension of the neurons) or, where it is not `can_fuse`, `dendrites` (copies
-            of it); `dendrite_to_dendrite` (n (n - 1) / 2, out), the c_ij row by row; `dendrite_to_output` (n, out).
+        module (`nn.Module`): Its own parameters keep their names. With `rank` it gets `dendrite_down` (the A of all),
+            `dendrite_up` (n, neurons, rank) and `dendrite_bias` (n, neurons); else, if `can_fuse`, `dendrite_weight`
+            and `dendrite_bias`, those of all dendrites along the dimension of the neurons; else `dendrites`, copies of
+            it. All get `dendrite_to_dendrite` (n (n - 1) / 2, neurons), the c_ij row by row, and `dendrite_to_output`
+            (n, neurons).
         num_dendrites (`int`): 0 leaves the module as it is.
         dim, neurons (`int`): Dimension of the neurons in the output, counted from the end, and how many there are.
-            Read for modules that are not `can_fuse` only.
+            Read only if the module is not `can_fuse`.
         activation (`str`): A name in `ACTIVATIONS`.
+        rank (`int`, *optional*): Of the dendrites' weights. Full rank by default.
 
-    ValueError where an argument is missing or wrong, or the module has dendrites already.
+    Raises:
+        ValueError: If an argument is missing or wrong, or the module has dendrites already.
     """
-    base, fused = type(module), can_fuse(module)
+    base, kind = base_class(module), _kind(base_class(module))
     if activation not in ACTIVATIONS:
         raise ValueError(f"Unknown dendrite activation {activation!r}; known are {', '.join(ACTIVATIONS)}")
-    if isinstance(num_dendrites, bool) or not isinstance(num_dendrites, int) or num_dendrites < 0:
-        raise ValueError(f"The number of dendrites must be a whole number from 0 on, not {num_dendrites!r}")
-    if hasattr(base, "dendrite_base"):
+    for name, value, least in (("num_dendrites", num_dendrites, 0), ("rank", 1 if rank is None else rank, 1)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
+    if has_dendrites(module):
         raise ValueError(f"This {base.__name__} has dendrites already")
     if not num_dendrites:
         return module
-    if fused:
-        _, dim, axis = _PRODUCTS[base]
+    mixin = _Fused
+    if rank:
+        smallest = rank_limit(module)
+        if rank >= smallest:
+            raise ValueError(f"rank {rank} is not below the smaller side of the layer, {smallest}")
+        mixin, dim = _LowRank, _AXES[kind][0]
+        neurons = module.nf if kind is Conv1D else getattr(module, "out_features", getattr(module, "out_channels", 0))
+    elif can_fuse(module):
+        dim, axis = _AXES[base]
         neurons = module.weight.shape[axis]
-        shape = list(module.weight.shape)
-        shape[axis] *= num_dendrites
-        shapes = {"dendrite_weight": shape}
-        if module.bias is not None:
-            shapes["dendrite_bias"] = (num_dendrites * neurons,)
-        mixin = _Fused
     else:
         if not (isinstance(dim, int) and dim < 0 and isinstance(neurons, int) and neurons > 0):
             raise ValueError(f"A {base.__name__} needs `dim`, negative, and `neurons`; got {dim!r} and {neurons!r}")
         if hasattr(module, "dendrites"):
             raise ValueError(f"This {base.__name__} has an attribute `dendrites` of its own")
-        shapes, copies = {}, nn.ModuleList(copy.deepcopy(module) for _ in range(num_dendrites))
         mixin = _Sequence if issubclass(base, nn.Sequential) else _Module
-    shapes["dendrite_to_dendrite"] = (num_dendrites * (num_dendrites - 1) // 2, neurons)
-    shapes["dendrite_to_output"] = (num_dendrites, neurons)
-    like = next(module.parameters(), torch.empty(0, requires_grad=True))
-    for name, shape in shapes.items():
-        zeros = torch.zeros(shape, dtype=like.dtype, device=like.device)
-        module.register_parameter(name, nn.Parameter(zeros, requires_grad=like.requires_grad))
-    if not fused:
+        copies = nn.ModuleList(plain_copy(module) for _ in range(num_dendrites))
         module.dendrites = copies
+    like = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
+    for name, (shape, _) in _shapes(module, num_dendrites, neurons, rank).items():
+        module.register_parameter(name, nn.Parameter(torch.zeros(shape, dtype=like.dtype, device=like.device)))
     module.num_dendrites, module.dendrite_dim, module.dendrite_activation = num_dendrites, dim, activation
-    module.__class__ = dendrite_class(mixin, base)
+    if rank:
+        module.dendrite_rank = rank
+    _set_class(module, mixin)
     return module
 
 
-def set_dendrites(module, dendrites, to_dendrites, to_output) -> None:
-    """Copy the values of trained dendrites into a module that `add_dendrites` gave as many.
-
-    The arguments are those of `forward_with_dendrites`. ValueError where a number or a shape does not fit.
-    """
-    if len(dendrites) != module.num_dendrites or len(to_dendrites) != module.num_dendrites:
-        raise ValueError(f"{len(dendrites)} dendrites do not fit a layer of {module.num_dendrites}")
-    values = {"dendrite_to_dendrite": to_dendrites[1:], "dendrite_to_output": [to_output]}
-    if can_fuse(module):
-        values["dendrite_weight"] = [dendrite.weight for dendrite in dendrites]
-        if module.bias is not None:
-            values["dendrite_bias"] = [dendrite.bias for dendrite in dendrites]
-    else:
-        for own, dendrite in zip(module.dendrites, dendrites, strict=True):
-            own.load_state_dict(dendrite.state_dict())
-    with torch.no_grad():
-        for name, parts in values.items():
-            target = getattr(module, name)
-            value = torch.cat(list(parts), _weight_axis(module, name)) if parts else target
-            if value.shape != target.shape:
-                raise ValueError(f"{name} has shape {tuple(value.shape)}, {tuple(target.shape)} is needed")
-            target.copy_(value)
+def plain_copy(module: nn.Module) -> nn.Module:
+    """A copy of a module without a user's hooks; those by which torch computes a weight stay."""
+    duplicate = copy.deepcopy(module)
+    for part in duplicate.modules():
+        for hooks in (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks):
+            for key, hook in list(hooks.items()):
+                if not type(hook).__module__.startswith("torch.nn.utils"):
+                    del hooks[key]
+    return duplicate
 
 
-def _weight_axis(module, name):
-    return _PRODUCTS[_base(module)][2] if name == "dendrite_weight" else 0
+def resize_dendrites(module: nn.Module, num_dendrites: int) -> None:
+    """Give a layer with dendrites more or fewer, in place: the first ones keep their values, new ones are zero."""
+    if not num_dendrites:
+        remove_dendrites(module)
+        return
+    before, neurons = module.num_dendrites, module.dendrite_to_output.shape[1]
+    shapes = _shapes(module, num_dendrites, neurons, getattr(module, "dendrite_rank", None))
+    for name, (shape, axis) in shapes.items():
+        old = getattr(module, name)
+        new = torch.zeros(shape, dtype=old.dtype, device=old.device)
+        size = min(old.shape[axis], new.shape[axis])
+        new.narrow(axis, 0, size).copy_(old.detach().narrow(axis, 0, size))
+        setattr(module, name, nn.Parameter(new, requires_grad=old.requires_grad))
+    if hasattr(module, "dendrites"):
+        kept = list(module.dendrites)[:num_dendrites]
+        kept += [plain_copy(kept[0]) for _ in range(num_dendrites - before)]
+        module.dendrites = nn.ModuleList(kept)
+    module.num_dendrites = num_dendrites
 
 
-def remove_dendrites(module) -> nn.Module:
-    """Take the dendrites off a module, in place; what stays is the module as it was before `add_dendrites`."""
-    base = _base(module)
-    for name in ("dendrite_weight", "dendrite_bias", "dendrite_to_dendrite", "dendrite_to_output", "dendrites"):
-        if hasattr(module, name):
-            delattr(module, name)
-    del module.num_dendrites, module.dendrite_dim, module.dendrite_activation
-    module.__class__ = base
-    return module
-
-
-def split_dendrites(layer) -> tuple[list[nn.Module], list[torch.Tensor], torch.Tensor]:
-    """Copies of the dendrites as modules of the layer's own class, of c and of a: the reverse of `set_dendrites`."""
-    count = layer.num_dendrites
-    to_output = layer.dendrite_to_output.detach().clone()
-    rows = layer.dendrite_to_dendrite.detach().clone().split(tuple(range(count)))
-    if not can_fuse(layer):
-        return [copy.deepcopy(dendrite) for dendrite in layer.dendrites], list(rows), to_output
-    plain, dendrites = remove_dendrites(copy.deepcopy(layer)), []
-    for i in range(count):
-        dendrite = copy.deepcopy(plain)
-        for name in ("weight", "bias"):
-            if (own := getattr(dendrite, name)) is not None:
-                part = getattr(layer, f"dendrite_{name}").detach().chunk(count, _weight_axis(layer, f"dendrite_{name}"))
-                setattr(dendrite, name, nn.Parameter(part[i].clone(), requires_grad=own.requires_grad))
-        dendrites.append(dendrite)
-    return dendrites, list(rows), to_output
-
-
-def join(model, name, norm) -> nn.Module:
-    """Make one block, an `nn.Sequential`, of a module and the normalisation that follows it, in place of the module.
-
-    An `nn.Identity` takes the place of the normalisation, so that the code of the model computes the same.
+@torch.no_grad()
+def set_dendrite(module: nn.Module, index: int, weights: dict, to_dendrite=None, to_output=None) -> None:
+    """Set the values of one dendrite of a layer.
 
     Args:
-        name (`str`): Of the module.
-        norm (`str`): Name of the normalisation, without that of their common parent.
+        module (`nn.Module`): A layer with dendrites.
+        index (`int`): Of the dendrite.
+        weights (`dict`): The dendrite's own parameters: those of a layer of this class (`weight`, `bias`); of one with
+            a rank `down`, `up` and `bias`; of another module its state dict.
+        to_dendrite (tensor (index, neurons), *optional*): Its c, the weights of the dendrites before it.
+        to_output (tensor (neurons,), *optional*): Its a.
+    """
+    if hasattr(module, "dendrites"):
+        module.dendrites[index].load_state_dict(weights)
+    else:
+        for name, value in weights.items():
+            target = getattr(module, f"dendrite_{name}")
+            axis = _AXES[base_class(module)][1] if name == "weight" else 0
+            if name in ("up", "bias") and hasattr(module, "dendrite_up"):
+                target[index].copy_(value)
+            else:
+                _parts(target, module.num_dendrites, axis)[index].copy_(value)
+    if to_dendrite is not None and index:
+        start = index * (index - 1) // 2
+        module.dendrite_to_dendrite[start : start + index].copy_(to_dendrite)
+    if to_output is not None:
+        module.dendrite_to_output[index].copy_(to_output)
 
-    ValueError where there are no such modules.
+
+def remove_dendrites(module: nn.Module) -> nn.Module:
+    """Take the dendrites off a module, in place; what stays is the module as it was before `add_dendrites`."""
+    for name in ("weight", "bias", "down", "up", "to_dendrite", "to_output"):
+        if hasattr(module, f"dendrite_{name}"):
+            delattr(module, f"dendrite_{name}")
+    for name in ("dendrites", "num_dendrites", "dendrite_dim", "dendrite_activation", "dendrite_rank"):
+        if hasattr(module, name):
+            delattr(module, name)
+    if parametrize.is_parametrized(module):
+        cls, below = type(module), base_class(module)
+        names = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
+        module.__class__ = type(cls.__name__, (below,), names)
+    else:
+        module.__class__ = base_class(module)
+    return module
+
+
+def compute_in_full(model: nn.Module) -> None:
+    """Switch off PyTorch's fast path in encoder layers that hold dendrites: it reads weights and calls no layer.
+
+    `nn.TransformerEncoderLayer` takes it in evaluation only, so training would not show that dendrites are left out.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and layers_with_dendrites(module):
+            module.activation_relu_or_gelu = 0  # what torch reads to choose the path; the other path does not read it
+        elif isinstance(module, nn.TransformerEncoder) and layers_with_dendrites(module):
+            module.use_nested_tensor = False
+
+
+# --------------------------------------------------------------------- a convolution joined with its normalization
+
+
+def join(model: nn.Module, name: str, norm: str) -> nn.Module:
+    """Make one block, an `nn.Sequential`, of a module and the normalization that follows it, in place of the module.
+
+    An `nn.Identity` takes the place of the normalization, so that the code of the model computes the same.
+
+    Args:
+        model (`nn.Module`): The model.
+        name (`str`): Of the module.
+        norm (`str`): Name of the normalization, without that of their common parent.
+
+    Raises:
+        ValueError: If there are no such modules.
     """
     parent, _, own = name.rpartition(".")
     parent = model.get_submodule(parent)
@@ -401,237 +480,9 @@ def join(model, name, norm) -> nn.Module:
     return block
 
 
-def separate(model, name) -> None:
+def separate(model: nn.Module, name: str) -> None:
     """The reverse of `join`, for a block without dendrites."""
     parent, _, own = name.rpartition(".")
     parent, block = model.get_submodule(parent), model.get_submodule(name)
     setattr(parent, own, block[0])
     setattr(parent, block.joined_norm, block[1])
-
-
-# ------------------------------------------------------------------------------------------------ saving and loading
-
-
-class DendriteConfig(QuantizationConfigMixin):
-    """What config.json says of the dendrites, under "quantization_config".
-
-    Args:
-        layers (`dict`): Name of a module: its number of dendrites, or `{"dendrites": , "dim": , "neurons": }` for a
-            module that is not `can_fuse`; "norm" too where the module was joined with the normalisation of that name.
-        activation (`str`): A name in `ACTIVATIONS`.
-        weights (`str`): The file of the weights, or their index.
-        format (`int`): Version of this layout.
-
-    ValueError where one is not understood.
-    """
-
-    dequantize = True  # transformers then takes the marks of quantisation off the loaded model: Trainer trains it
-
-    def __init__(self, layers=None, activation="sigmoid", weights=WEIGHTS, format=FORMAT, **unknown):
-        if not isinstance(format, int) or format > FORMAT:
-            raise ValueError(
-                f"The dendrites were saved in format {format!r} by a newer version; this one knows up to {FORMAT}. "
-                "Upgrade perforated_trainer"
-            )
-        plain = isinstance(weights, str) and weights == PurePosixPath(weights).name == PureWindowsPath(weights).name
-        if not plain or not weights.endswith((".safetensors", ".safetensors.index.json")):
-            raise ValueError(f"`weights` must name a safetensors file in the folder of the model, not {weights!r}")
-        if not isinstance(layers, dict) or not layers:
-            raise ValueError(f"`layers` must name the modules with dendrites, got {layers!r}")
-        self.quant_method, self.format = METHOD, format
-        self.layers, self.activation, self.weights = layers, activation, weights
-
-    def arguments(self, name) -> dict:
-        """Arguments of `add_dendrites` for a module."""
-        value = self.layers[name]
-        value = value if isinstance(value, dict) else {"dendrites": value}
-        return {
-            "num_dendrites": value.get("dendrites"),
-            "dim": value.get("dim"),
-            "neurons": value.get("neurons"),
-            "activation": self.activation,
-        }
-
-
-class DendriteQuantizer(HfQuantizer):
-    """Gives a model its dendrites before `from_pretrained` loads the weights, and checks that they are complete."""
-
-    requires_calibration = True  # a model without dendrites does not get them here
-
-    def update_attn_implementation(self, config):
-        """Name the file of the weights. In transformers 5.23 this is the hook that sees the config before files are
-        looked for."""
-        config.transformers_weights = self.quantization_config.weights
-        return config
-
-    update_tp_plan = update_attn_implementation  # the same hook, as transformers 5.5 calls it
-
-    def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
-        prefix = f"{model.base_model_prefix}."
-        for name in self.quantization_config.layers:
-            modules = dict(model.named_modules())  # a block before may have brought copies of its layers
-            # As transformers does with weights: the body of a model is found in the model and on its own.
-            names = [n for n in (name, name.removeprefix(prefix), prefix + name) if n in modules]
-            if not names:
-                raise ValueError(f"config.json gives dendrites to {name!r}, which {type(model).__name__} does not have")
-            try:
-                value, module = self.quantization_config.layers[name], modules[names[0]]
-                if isinstance(value, dict) and "norm" in value:
-                    module = join(model, names[0], value["norm"])
-                add_dendrites(module, **self.quantization_config.arguments(name))
-            except ValueError as error:
-                raise ValueError(f"config.json, dendrites of {name!r}: {error}") from None
-        self._shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-        if checkpoint_files:
-            self._check(model, _read_shapes(checkpoint_files), prefix)
-
-    def _check(self, model, saved, prefix):
-        """transformers only warns of missing weights and makes random ones."""
-        expected = set(_dendrite_names(model))
-        known = {name.removeprefix(prefix) for name in self._shapes}
-        saved = {name.removeprefix(prefix): shape for name, shape in saved.items()}
-        wrong = [f"{name} is missing" for name in sorted(expected) if name.removeprefix(prefix) not in saved]
-        for name in sorted(saved):
-            if name not in known and any(part.startswith(("dendrite_", "dendrites")) for part in name.split(".")):
-                wrong.append(f"{name} is not expected")
-        for name in sorted(expected):
-            shape = saved.get(name.removeprefix(prefix), self._shapes[name])
-            if shape != self._shapes[name]:
-                wrong.append(f"{name} has shape {shape}, {self._shapes[name]} is needed")
-        if wrong:
-            more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-            raise ValueError(f"The weights do not fit the dendrites in config.json: {', '.join(wrong[:3])}{more}")
-
-    def _process_model_after_weight_loading(self, model, **kwargs):
-        # transformers 5.5 does not compare shapes where there is a quantizer.
-        for name, value in model.state_dict().items():
-            if tuple(value.shape) != self._shapes.get(name, tuple(value.shape)):
-                raise ValueError(f"{name} was saved with shape {tuple(value.shape)}, {self._shapes[name]} is needed")
-        if hasattr(model.config, "transformers_weights"):
-            del model.config.transformers_weights  # this folder's alone, another one loaded with the config has its own
-        return make_dendritic(model)
-
-    def is_serializable(self):
-        return True
-
-    @property
-    def is_trainable(self):
-        return True
-
-
-def _read_shapes(files):
-    """Shape of each tensor in files of weights. OSError where one is missing, ValueError where one is damaged."""
-    shapes = {}
-    for file in files:
-        if not os.path.isfile(file):
-            raise OSError(f"There is no file of weights {os.path.basename(file)} in {os.path.dirname(file)}")
-        try:
-            with safe_open(file, framework="pt") as weights:
-                shapes |= {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(f"The weights in {file} are damaged: {error}") from None
-    return shapes
-
-
-def layers_with_dendrites(model) -> dict[str, nn.Module]:
-    """The modules of a model that have dendrites, by name."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if hasattr(type(module), "dendrite_base") and hasattr(module, "num_dendrites")
-    }
-
-
-def _dendrite_names(model):
-    for name, module in layers_with_dendrites(model).items():
-        for own in module.state_dict():
-            if own.startswith(("dendrite_", "dendrites.")):
-                yield f"{name}.{own}" if name else own
-
-
-def _config(model, weights=WEIGHTS):
-    layers, activations = {}, set()
-    for name, module in layers_with_dendrites(model).items():
-        count, neurons = module.dendrite_to_output.shape
-        layers[name] = (
-            count if can_fuse(module) else {"dendrites": count, "dim": module.dendrite_dim, "neurons": neurons}
-        )
-        if (norm := getattr(module, "joined_norm", None)) is not None:
-            layers[name]["norm"] = norm
-        activations.add(module.dendrite_activation)
-    if len(activations) > 1:
-        raise ValueError(
-            f"All dendrites of a model need one activation to be saved, not {', '.join(sorted(activations))}"
-        )
-    return DendriteConfig(layers, activations.pop(), weights)
-
-
-class _Model(_Reduced):
-    """A model whose `save_pretrained` writes what `from_pretrained` above reads."""
-
-    def save_pretrained(self, save_directory, *args, push_to_hub=False, variant=None, **kwargs):
-        """As in transformers. A model with dendrites is saved under one name only, so `variant` is not read."""
-        if not layers_with_dendrites(self):
-            return super().save_pretrained(save_directory, *args, push_to_hub=push_to_hub, variant=variant, **kwargs)
-        names = "repo_id", "commit_message", "create_pr", "private", "revision", "token"
-        hub = {name: kwargs.pop(name) for name in names if name in kwargs}
-        folder, writes = Path(save_directory), kwargs.get("is_main_process", args[0] if args else True)
-        self.config.quantization_config = _config(self)
-        try:
-            # The names in the file are those of the modules, so that they can be checked before they are loaded.
-            kwargs |= {"variant": VARIANT, "save_original_format": False}
-            super().save_pretrained(save_directory, *args, **kwargs)
-            if writes and folder.is_dir():
-                stale = {INDEX, *_STOCK_NAMES}  # of another model, or of this one before it got dendrites
-                if (folder / _VARIANT_INDEX).exists():
-                    os.replace(folder / _VARIANT_INDEX, folder / INDEX)
-                    self.config.quantization_config = _config(self, INDEX)
-                    self.config.save_pretrained(save_directory)
-                    stale = {WEIGHTS, *_STOCK_NAMES}
-                for name in stale:
-                    (folder / name).unlink(missing_ok=True)
-                if f"{CODE}." in str(
-                    getattr(self.config, "auto_map", "")
-                ):  # code that came with the model goes with it
-                    (folder / f"{CODE}.py").write_bytes(Path(__file__).read_bytes())
-        finally:
-            del self.config.quantization_config
-        if push_to_hub:  # only now are all files as they should be
-            shards = {"max_shard_size": kwargs["max_shard_size"]} if "max_shard_size" in kwargs else {}
-            self.push_to_hub(hub.pop("repo_id", folder.name), **shards, **hub)
-
-
-def make_dendritic(model) -> nn.Module:
-    """Let `model.save_pretrained` save the dendrites of the model's layers, in place.
-
-    Args:
-        model (`PreTrainedModel`): Its class becomes a subclass of the same name. Without dendrites it is still saved
-            as an ordinary model.
-    """
-    if not hasattr(type(model), "dendrite_base"):
-        model.__class__ = dendrite_class(_Model, type(model))
-    return model
-
-
-def __getattr__(name):
-    """The models of transformers, for the custom code of a folder: a subclass, since the Auto classes mark the class
-    that they load as custom code."""
-    base = None if name.startswith("_") else getattr(transformers, name, None)
-    if not (isinstance(base, type) and issubclass(base, transformers.PreTrainedModel)):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = type(name, (base,), {"__module__": __name__, "__doc__": base.__doc__})
-    return globals()[name]
-
-
-def _register():
-    """A copy of this file may be in the process already: the newer format stays."""
-    known = AUTO_QUANTIZER_MAPPING.get(METHOD)
-    if known is None or getattr(known, "format", 0) < FORMAT:
-        AUTO_QUANTIZATION_CONFIG_MAPPING.pop(METHOD, None)
-        AUTO_QUANTIZER_MAPPING.pop(METHOD, None)
-        register_quantization_config(METHOD)(DendriteConfig)
-        register_quantizer(METHOD)(DendriteQuantizer)
-
-
-DendriteQuantizer.format = FORMAT
-_register()

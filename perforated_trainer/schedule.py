@@ -1,62 +1,76 @@
-"""A learning rate schedule for each cycle, `--switch_mode fixed`: one cycle is one ordinary training.
-
-The global step, the epoch and the log go on over the cycles, as they do when a training is resumed. Only the schedule
-begins anew: it is made for the steps of one cycle, and its first step is the first one of the cycle.
-"""
+"""Learning rate and schedule of each cycle. A cycle is the training between two changes of the network."""
 
 import math
-import sys
 
 import torch
 from transformers import TrainerCallback, TrainingArguments
 
 from .arguments import DendriteArguments, has_an_end
 
-
-def of_one_cycle(values: tuple, start: int) -> tuple:
-    """What `Trainer.set_initial_training_values` says, for a cycle that begins at the step `start`.
-
-    Args:
-        values: number of epochs, steps in an epoch, examples, samples, batch size, batches in an epoch, and of steps,
-            for one ordinary training.
-        start: the global step at which the cycle begins.
-    """
-    epochs, steps_in_epoch, *others, steps = values
-    if epochs < sys.maxsize:  # else the length of the data is not known, and the epochs are not counted
-        epochs = math.ceil((start + steps) / steps_in_epoch)
-    return epochs, steps_in_epoch, *others, start + steps
+_ABSOLUTE = "min_lr", "lr_end", "max_lr"  # arguments of schedulers that are learning rates; others are relative
 
 
-def scale(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Multiply the learning rate of a new optimizer, before its schedule is made."""
-    for rates in (*optimizer.param_groups, optimizer.defaults):  # some schedules read the rate in defaults
+def scale_optimizer(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Multiply the learning rate of a new optimizer, before its scheduler is made."""
+    for rates in (*optimizer.param_groups, optimizer.defaults):  # some schedulers read the rate in defaults
         if rates.get("lr") is not None:
             rates["lr"] = rates["lr"] * factor
 
 
+def scale_arguments(lr_scheduler_kwargs: dict | None, factor: float) -> dict | None:
+    """`lr_scheduler_kwargs` with the learning rates in them multiplied, so that none is above the first one."""
+    if not isinstance(lr_scheduler_kwargs, dict):
+        return lr_scheduler_kwargs
+    return {
+        name: [v * factor for v in value]
+        if name in _ABSOLUTE and isinstance(value, (list, tuple))
+        else value * factor
+        if name in _ABSOLUTE and value is not None
+        else value
+        for name, value in lr_scheduler_kwargs.items()
+    }
+
+
+def of_all_cycles(values: tuple, num_cycles: int) -> tuple:
+    """What `Trainer.set_initial_training_values` returns, for as many cycles as there can be.
+
+    Args:
+        values (`tuple`): Number of epochs, update steps in an epoch, examples, samples, batch size, batches in an epoch,
+            and steps, for one cycle.
+        num_cycles (`int`): The largest number of cycles.
+    """
+    epochs, steps_in_epoch, examples, samples, batch, batches, steps = values
+    if steps_in_epoch == steps and epochs > steps:  # the length of the data is not known: one epoch counts all steps
+        return epochs, steps_in_epoch, examples, samples * num_cycles, batch, batches, steps * num_cycles
+    total = steps * num_cycles
+    return math.ceil(total / steps_in_epoch), steps_in_epoch, examples, samples * num_cycles, batch, batches, total
+
+
 def explanation(dendrite_args: DendriteArguments, args: TrainingArguments) -> str | None:
-    """What a schedule with an end does where a plateau ends a cycle, or None where it does what it says."""
+    """A note on a schedule with an end if a plateau ends a cycle before that; None if it does what it says."""
     if dendrite_args.switch_mode == "fixed" or not dendrite_args.doing_pai or not has_an_end(args):
         return None
     kind = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
     return (
-        f"note: the schedule {kind} is made for the whole run and begins anew with each dendrite, so it does not reach "
-        "its end; --switch_mode fixed gives each cycle a whole one"
+        f"note: the schedule {kind} is made for the whole run and restarts with each dendrite, so it does not reach its "
+        "end; --switch_mode fixed gives each cycle a whole one"
     )
 
 
 class CycleEndCallback(TrainerCallback):
-    """An evaluation at the last step of each cycle, and not a second one where an epoch ends there.
+    """With `switch_mode="fixed"`: an evaluation at the last step of each cycle, and no second one if an epoch ends there.
 
-    It comes before the checkpoint of that step, which holds what the tracker decided.
+    Args:
+        ends (`Callable[[int], bool]`): Whether a cycle ends with a step.
     """
 
+    def __init__(self, ends):
+        self._ends, self._last = ends, None
+
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step >= state.max_steps:
-            control.should_evaluate = True
-            # The Trainer's own stop, at its last step. What comes after it, such as a signal, asks for a stop again.
-            control.should_training_stop = False
+        if self._ends(state.global_step):
+            control.should_evaluate, self._last = True, state.global_step
 
     def on_epoch_end(self, args, state, control, **kwargs):
-        if state.global_step >= state.max_steps:
+        if state.global_step == self._last:
             control.should_evaluate = control.should_save = False

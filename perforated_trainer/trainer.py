@@ -1,247 +1,410 @@
-"""`PerforatedTrainer`: the Trainer with dendrites. One `Trainer.train()` per dendrite cycle, on the Trainer's hooks.
+"""`PerforatedTrainer`: the Trainer with dendrites, in one `Trainer.train()`.
 
-A dendrite makes a different model, which needs a new optimizer, scheduler and wrapper. That is what `Trainer.train()`
-sets up, so there is one such call per dendrite cycle. Each cycle begins with a checkpoint that holds no optimizer and
-no scheduler. A run that was killed goes on through the same code path.
+A dendrite makes a different network, which needs a new optimizer, scheduler and wrapper. They are made again between two
+steps, after the evaluation that decides; the data, the log, the callbacks and the step count continue.
 
-Written for transformers 5.5 to 5.23.
+Written for transformers 5.5 to 5.24.
 """
 
 import inspect
 import json
 import math
 import pickle
+import random
 import re
-import shlex
 import sys
 import time
 import zlib
 from pathlib import Path
 
+import numpy as np
+import torch
 from accelerate.utils import broadcast_object_list
-from transformers import (
-    PreTrainedModel,
-    PrinterCallback,
-    Seq2SeqTrainer,
-    TrainerState,
-)
+from transformers import EarlyStoppingCallback, PrinterCallback, Seq2SeqTrainer, TrainerState
 from transformers import ProgressCallback as StockProgressCallback
-from transformers.trainer_utils import TrainOutput, speed_metrics
+from transformers.trainer_utils import TrainOutput, has_length
 
-from . import _compat, checkpoint, report, run_folder, schedule, shortcuts
-from .arguments import DendriteArguments, PerforatedError, check_arguments, compared_settings, is_resumed
+from . import _compat, checkpoint, convert, report, run_dir, schedule
+from .arguments import (
+    DendriteArguments,
+    PerforatedError,
+    check_direction,
+    compared_settings,
+    from_command_line,
+    is_resumed,
+)
+from .baseline import Baseline
 from .callbacks import (
+    DendriteCallback,
+    DendriteProgressCallback,
     FiniteLossCallback,
     PlotCallback,
-    ProgressCallback,
     SaveCallback,
-    ShortcutsCallback,
     StopSignalCallback,
     say,
 )
-from .convert import perforate
-from .publishing import PublishingTrainer, in_one_line
-from .scaffold import refuse_other_variant
-from .tracker import Decision, DendriteTracker
+from .export import ExportingTrainer, disk_errors
+from .growth import Growth
+from .pai import refuse_other_variant
+from .policy import Decision
 
 
-class PerforatedTrainer(PublishingTrainer):
-    """A Trainer that adds dendrites, cycle after cycle, until the tracker says that training is complete.
+class PerforatedTrainer(ExportingTrainer):
+    """A Trainer that adds dendrites until they no longer improve the monitored metric.
 
     Args:
-        dendrite_args (`DendriteArguments`): used to convert a model that `perforate` has not converted.
-        test_dataset: is evaluated beside every validation and only reported.
-        others: those of `Trainer`. `args.output_dir` is the folder of the run.
+        dendrite_args (`DendriteArguments`, *optional*): Which layers get dendrites, and when. Those that `perforate`
+            received by default.
+        test_dataset (`Dataset`, *optional*): Evaluated whenever the validation set is; reported only, never used for
+            decisions.
+        args, kwargs: Those of `Trainer`. `args.output_dir` is the folder of the run.
 
-    After `train()` the model is the tracker's best one, and `stopped_by` is "tracker", "max_steps" or "callback".
-    `save_model(folder)` writes the model without training scaffolding, as `from_pretrained` loads it. A subclass that
-    has another Trainer beside this one works: `class Mine(PerforatedTrainer, SFTTrainer)`.
+    After `train()` the model is the best one, and `stopped_by` is "tracker", "max_steps" or "callback". A subclass of
+    another Trainer works: `class Mine(PerforatedTrainer, SFTTrainer)`.
 
-    Raises PerforatedError for settings that cannot work.
+    Raises:
+        PerforatedError: For arguments that cannot work.
     """
 
     def __init__(self, *args, dendrite_args: DendriteArguments | None = None, test_dataset=None, **kwargs):
         if "using_perforatedai" in inspect.signature(super().__init__).parameters:  # Perforated AI's fork
             kwargs["using_perforatedai"] = False
         refuse_other_variant()
+        if kwargs.get("model_init") is not None:
+            raise PerforatedError("model_init: pass the model; for a search, examples/optuna_sweep.py runs each trial")
         super().__init__(*args, **kwargs)
-        if self.optimizer is not None or self.model_init is not None:
-            raise PerforatedError("each dendrite needs a new optimizer: pass optimizer_cls_and_kwargs, no model_init")
-        tracker = DendriteTracker.current
-        if tracker is None or tracker.model is not self.model:
-            perforate(self.model, dendrite_args or DendriteArguments(), self.args)
-        else:
-            check_arguments(tracker.args, self.args)
-        self.tracker = DendriteTracker.current
-        self.dendrite_args = self.tracker.args
+        if self.optimizer is not None or self.lr_scheduler is not None:
+            raise PerforatedError(
+                "optimizers=(optimizer, scheduler): each dendrite needs new ones; pass optimizer_cls_and_kwargs and "
+                "lr_scheduler_type, or override create_optimizer and create_scheduler"
+            )
+        self.dendrite_args = dendrite_args or getattr(self.model, "dendrite_args", None) or DendriteArguments()
+        convert.perforate(self.model, self.dendrite_args, self.args)
+        if self.args.lr_scheduler_type == "reduce_lr_on_plateau":  # PyTorch takes lower as better for any metric
+            mode = {"mode": "max" if self.args.greater_is_better else "min"}
+            self.args.lr_scheduler_kwargs = mode | (self.args.lr_scheduler_kwargs or {})
+        if self.args.n_gpu > 1:
+            _compat.use_one_gpu(self.args)
+            self._train_batch_size = self.args.train_batch_size
+            say("note: several GPUs are visible, one is used. All of them: torchrun --nproc_per_node N <script>")
+        if (run := self.dendrite_args.control_of) and self.run_dir.resolve() == Path(run).resolve():
+            self.args.output_dir = f"{Path(run) if Path(run).name else Path(run).resolve()}-control"
+            say(f"note: the baseline is written to {self.args.output_dir}")
         self.test_dataset = test_dataset
         self.score_name = "eval_" + self.args.metric_for_best_model.removeprefix("eval_")
-        self.stopped_by, self.train_seconds, self.decision = None, 0.0, Decision.CONTINUE
-        # What comes into an empty folder before the training, such as scores of the model as it was, is of this run.
-        self._was_free = not self.run_folder.is_dir() or not any(self.run_folder.iterdir())
-        self._stop_was_asked = False
+        self.stopped_by, self.train_seconds, self.restarts = None, 0.0, []
         self._fixed = self.dendrite_args.switch_mode == "fixed"
-        self.test_metrics, self.restarts, self._data, self._test_loader = {}, [], None, None
+        self._new_growth()
+        self.code = self.read_code()  # what is saved with the model, as it is now
+        # What comes into an empty folder before the training, such as scores of the model as it was, is of this run.
+        self._was_free = not self.run_dir.is_dir() or not any(self.run_dir.iterdir())
+        self.test_metrics, self._last_metrics, self._data, self._test_loader = {}, {}, None, None
+        self.decision, self._began = Decision.CONTINUE, time.monotonic()
         self.stop_signal = StopSignalCallback()
         for callback in (StockProgressCallback, PrinterCallback):
             self.remove_callback(callback)
-        greater = self.args.greater_is_better
         patience = None if self._fixed else self.dendrite_args.n_epochs_to_switch
-        self.progress = ProgressCallback(self.score_name, greater, patience)
-        self.plot = PlotCallback(self.score_name, greater)
+        self.progress = DendriteProgressCallback(self.score_name, self.args.greater_is_better, patience)
+        self.plot = PlotCallback(self)
+        callbacks = [self.stop_signal, SaveCallback(), FiniteLossCallback(), self.progress, DendriteCallback(self)]
         if self._fixed:
-            self.add_callback(schedule.CycleEndCallback())
-        for callback in (
-            self.stop_signal,
-            SaveCallback(),
-            FiniteLossCallback(),
-            self.progress,
-            ShortcutsCallback(),
-            self.plot,
-            *self.tracker.callbacks,
-        ):
+            callbacks.insert(0, schedule.CycleEndCallback(self._ends_cycle))
+        if isinstance(self.growth, Baseline):
+            callbacks.append(self.growth.callback)
+        for callback in (*callbacks, self.plot):
             self.add_callback(callback)
 
+    def _new_growth(self) -> None:
+        plan = convert.plan_dendrites(self.model, self.dendrite_args, self.args)
+        self.plan_table = convert.table(self.model, self.dendrite_args, plan)
+        kind = Baseline if self.dendrite_args.control_of else Growth
+        more = {"from_command_line": from_command_line(self.args)} if kind is Baseline else {}
+        metric, greater = self.args.metric_for_best_model, bool(self.args.greater_is_better)
+        self.growth = kind(self.model, self.dendrite_args, plan, metric, greater, **more)
+
     @property
-    def run_folder(self) -> Path:
+    def run_dir(self) -> Path:
         """The folder of the run, `args.output_dir`."""
         return Path(self.args.output_dir)
 
     @property
     def num_dendrites(self) -> int:
-        """Number of dendrites that each layer has now."""
-        return self.tracker.num_dendrites
+        """Number of dendrites that a layer has now, the largest."""
+        return self.growth.num_dendrites
 
     @property
     def num_parameters(self) -> int:
-        """Number of distinct parameters of the model as it would be deployed."""
-        return self.tracker.num_parameters
+        """Number of distinct parameters of the model."""
+        return self.growth.num_parameters
 
-    def deployed_model(self) -> PreTrainedModel:
-        """A copy of the model without training scaffolding; same logits to the last bit."""
-        with shortcuts.without(self.model):
-            return self.tracker.deployed_model()
-
-    # ---------------------------------------------------------------- training, one Trainer.train() per dendrite cycle
+    # ------------------------------------------------------------------------------------------------------ training
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs) -> TrainOutput:
         """Train until the tracker says that training is complete, or `max_steps`, a callback or a signal stops it.
 
         Args:
-            resume_from_checkpoint: a checkpoint's folder; True or "true" for the newest complete checkpoint.
-            others: as `Trainer.train`.
+            resume_from_checkpoint (`str` or `bool`, *optional*): Folder of a checkpoint; True or "true" for the newest
+                complete one of this run.
+            args, kwargs: As for `Trainer.train`.
 
-        Returns what `Trainer.train` does, for all cycles together.
+        Returns:
+            `TrainOutput`: What `Trainer.train` returns.
 
-        Raises PerforatedError for a folder that is not free, a checkpoint that cannot be used, a loss that is not
-        finite, a disk that is full, and after a signal.
+        Raises:
+            PerforatedError: For a folder that is not free, a checkpoint that cannot be used, a loss that is not finite,
+                a full disk, and after a signal.
         """
-        resumed, start, output, self.restarts = is_resumed(resume_from_checkpoint), None, None, []
-        if resumed:
-            start = checkpoint.find(resume_from_checkpoint, self.run_folder, say)
-        if self.dendrite_args.control_of:
-            self.tracker.check(self.settings())
-        overwrite, command = self.dendrite_args.overwrite_run, shlex.join(sys.argv)
-        run_folder.claim(self.run_folder, command, overwrite, resumed, own=self._was_free)
-        self.tracker.folder = self.run_folder.resolve()
-        if not start and (warning := report.no_dendrite_can_come(self.dendrite_args, self.args, self.train_dataset)):
+        resumed = is_resumed(resume_from_checkpoint)
+        start = self._find_checkpoint(resume_from_checkpoint) if resumed else None
+        self._new_growth()
+        if isinstance(self.growth, Baseline):
+            self.growth.check(self.settings())
+        run_dir.acquire(
+            self.run_dir,
+            run_dir.redact(sys.argv),
+            self.dendrite_args.overwrite_run,
+            resumed,
+            own=self._was_free,
+            control_of=self.dendrite_args.control_of,
+            from_command_line=from_command_line(self.args),
+        )
+        self._was_free = False
+        self.restarts, self.train_seconds, self.stopped_by = [], 0.0, None
+        self.decision = Decision.CONTINUE
+        facts = checkpoint.check(start) if start else None
+        if facts:
+            self._name_other_settings(facts["settings"], start.name)
+            self.train_seconds, self.restarts = facts["train_seconds"], facts["restarts"]
+        else:
+            self._print_start()
+        over = facts and 0 < self._max_steps_of_arguments <= facts["step"]
+        if facts and (facts["complete"] or over):
+            self._load_from_checkpoint(str(start))
+            self.state = TrainerState.load_from_json(str(start / "trainer_state.json"))
+            self.growth.restore_best()
+            if facts["complete"]:
+                self.decision = Decision.COMPLETE
+            output = TrainOutput(self.state.global_step, 0.0, {})
+        else:
+            output = self._train(start, *args, **kwargs)
+        if self.stop_signal.number and self.decision is not Decision.COMPLETE:
+            raise PerforatedError(self._how_to_resume(), 128 + self.stop_signal.number)
+        at_end = 0 < self.state.max_steps <= self.state.global_step or over
+        self.stopped_by = "tracker" if self.decision is Decision.COMPLETE else "max_steps" if at_end else "callback"
+        if warning := report.no_dendrite_came(self.dendrite_args, self.state.log_history, self.score_name):
             say(warning)
-        if not start and (explanation := schedule.explanation(self.dendrite_args, self.args)):
-            say(explanation)
-        if self.dendrite_args.doing_pai:
-            say(self.tracker.table)
+        return output
+
+    def _train(self, start: Path | None, *args, **kwargs) -> TrainOutput:
+        self.optimizer = self.lr_scheduler = None
+        self.model_wrapped = self.model
+        _compat.forget_preparation(self.model)
+        self._began = time.monotonic()
+        hooks = self.growth.watch_outputs()
         try:
             with self.stop_signal:
-                while True:
-                    self.decision, complete, self._stop_was_asked = Decision.CONTINUE, False, False
-                    if start:
-                        manifest = json.loads((start / checkpoint.MANIFEST).read_text(encoding="utf-8"))
-                        self._name_other_settings(manifest["settings"], start.name)
-                        self.train_seconds, complete = manifest["train_seconds"], manifest["complete"]
-                        self.restarts = manifest["restarts"]
-                    over = start and not self._fixed and 0 < self.args.max_steps <= checkpoint.step_of(start)
-                    if complete or over:
-                        self._load_from_checkpoint(str(start))
-                        self.state = TrainerState.load_from_json(str(start / "trainer_state.json"))
-                        break
-                    self.optimizer = self.lr_scheduler = None
-                    self.model_wrapped = self.model
-                    _compat.forget_preparation(self.model)
-                    self._began = time.monotonic()
-                    try:
-                        output = super().train(str(start) if start else None, *args, **kwargs)
-                    finally:
-                        shortcuts.drop(self.model)
-                    self.train_seconds += time.monotonic() - self._began
-                    stopped = self._stop_was_asked and self.decision is Decision.RESTRUCTURED
-                    if stopped or self.decision is Decision.CONTINUE:
-                        break
-                    start = self._checkpoint_folder()  # also when training is complete: all processes load the best
-        except KeyError as error:  # the Trainer's words for a metric that evaluation does not produce
-            raise PerforatedError(error.args[0]) if "metric_for_best_model" in str(error) else error from None
+                return super().train(str(start) if start else None, *args, **kwargs)
         except pickle.UnpicklingError as error:  # torch.load under weights_only, in the Trainer
             if not start:
                 raise
             raise PerforatedError(f"{start} holds a file that is not plain data: {error}") from error
-        if self.plot in self.callback_handler.callbacks:  # a caller may have removed it
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _find_checkpoint(self, resume_from_checkpoint) -> Path | None:
+        """The checkpoint to resume from, found by the first process for all."""
+        found, error = None, None
+        if self.is_world_process_zero():
+            try:
+                found = checkpoint.find(resume_from_checkpoint, self.run_dir, say)
+                if found and found.resolve().parent != self.run_dir.resolve():
+                    self._check_other_folder(found)
+            except PerforatedError as caught:
+                error = str(caught)
+        found, error = broadcast_object_list([found, error])
+        if error:
+            raise PerforatedError(error)
+        return found
+
+    def _check_other_folder(self, found: Path) -> None:
+        """Refuse a checkpoint of another run if this folder holds a run, which it would replace."""
+        if self.run_dir.is_dir() and any(self.run_dir.iterdir()):
+            raise PerforatedError(
+                f"{found} is a checkpoint of another run than that in {self.run_dir}: resume it in its own folder, "
+                f"{found.parent}, or in an empty one"
+            )
+
+    def _print_start(self) -> None:
+        """Print what is known before the training: the layers, the direction of the metric, settings that cannot work."""
+        args = self.args
+        lines = [report.no_dendrite_can_come(self.dendrite_args, args, self.train_dataset, self._callbacks())]
+        lines += [schedule.explanation(self.dendrite_args, args), check_direction(args), report.direction(args)]
+        if self.dendrite_args.doing_pai and not self.dendrite_args.control_of:
+            lines.append(self.plan_table)
+        for line in filter(None, lines):
+            say(line)
+
+    def _callbacks(self) -> list:
+        return self.callback_handler.callbacks
+
+    def _how_to_resume(self) -> str:
+        stopped = f"stopped at step {self.state.global_step:,} with a checkpoint; to resume: "
+        if from_command_line(self.args):
+            return f"{stopped}{run_dir.redact(['python', *sys.argv, '--resume_from_checkpoint', 'true'])}"
+        return f"{stopped}trainer.train(resume_from_checkpoint=True)"
+
+    # -------------------------------------------------------------------------------------------- decisions, restarts
+
+    def _decide(self, metrics: dict[str, float]) -> None:
+        """Give an evaluation to the policy, and restart with what it decides. All processes decide alike."""
+        score, lr = metrics[self.score_name], self.optimizer.param_groups[0]["lr"]
+        score, self.growth.unused = broadcast_object_list([float(score), self.growth.unused])
+        if not math.isfinite(score):
+            say(f"warning: {self.score_name} is {score} at step {self.state.global_step:,}: this evaluation is skipped")
+        losses = [entry["loss"] for entry in self.state.log_history[-9:] if "loss" in entry]
+        extra = {"train loss": losses[-1]} if losses and math.isfinite(losses[-1]) else {}
+        name = f"test_{report.unit(self.score_name)}"
+        test = {name.replace("_", " ", 1): v for n, v in self.test_metrics.items() if n == name and math.isfinite(v)}
+        step, before, fits = self.state.global_step, self.num_dendrites, self.growth.fits
+        with disk_errors("the graphs of perforatedai", self.run_dir):
+            self.decision = self.growth.add_score(
+                score, step=step, end_of_cycle=self._ends_cycle(step), extra=extra, test=test, learning_rate=lr
+            )
+        for note in self.growth.notes:
+            say(note)
+        self.growth.notes.clear()
+        if self.decision is Decision.COMPLETE and not fits:
+            size, limit = self.growth.size_with_one_more(), self.dendrite_args.max_parameters
+            say(f"one more dendrite would make {size:,} parameters, --max_parameters is {limit:,}: none is added")
+        if self.decision in (Decision.ADD, Decision.RETRY):
+            self._restart(before)
+        if self.decision is not Decision.CONTINUE:
+            self.control.should_save = True
+        if self.decision is Decision.COMPLETE:
+            self.control.should_training_stop = True
+
+    def _restart(self, before: int) -> None:
+        """Make optimizer, scheduler and wrapper again, for the network as it is now."""
+        step, best = self.state.global_step, self.growth.policy.best_score
+        self.restarts.append(step)
+        self.optimizer = self.lr_scheduler = None
+        self.model_wrapped = self.model
+        _compat.forget_optimizer(self.accelerator)
+        if self.args.world_size > 1:
+            _compat.forget_preparation(self.model)
+        if self.args.torch_compile:
+            torch.compiler.reset()
+        loader = self.callback_handler.train_dataloader
+        self._prepare_for_training(self._steps_of_schedule, loader, None)
+        self._counted = self.num_parameters
+        for callback in self._callbacks():
+            if isinstance(callback, EarlyStoppingCallback):  # each dendrite gets the full patience
+                callback.early_stopping_patience_counter = 0
+        change = f"{before} -> {report.count(self.num_dendrites, 'dendrite')}"
+        if self.decision is Decision.RETRY:
+            change = f"dendrite {before} did not improve the score; retrying with new weights"
+        if isinstance(self.growth, Baseline):
+            change = "optimizer and scheduler restart, as in the run"
+        unit = report.unit(self.score_name)
+        say(f"step {step:,}: {change}, {self._counted:,} parameters, best {unit} so far {best:.4f}")
+
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        """As in `Trainer`; the schedule is made for one cycle."""
+        self._counted = self.num_parameters
+        return super()._prepare_for_training(self._steps_of_schedule, train_dataloader, resume_from_checkpoint)
+
+    def training_step(self, model, *args, **kwargs):
+        """As in `Trainer`, with the wrapper of the network as it is now."""
+        self.growth.changed()
+        return super().training_step(model if self.args.torch_compile else self.model_wrapped, *args, **kwargs)
+
+    @property
+    def _max_steps_of_arguments(self) -> int:
+        """After how many steps a run ends in any case; 0 or less if only the tracker ends it."""
+        return -1 if self._fixed else self.args.max_steps
+
+    @property
+    def _cycle_start(self) -> int:
+        """The global step at which the running cycle began."""
+        return self.restarts[-1] if self.restarts else 0
+
+    def _ends_cycle(self, step: int) -> bool:
+        """Whether a cycle of `switch_mode="fixed"` ends with a step."""
+        return self._fixed and step - self._cycle_start >= self._steps_of_schedule
+
+    def set_initial_training_values(self, *args, **kwargs):
+        """As in `Trainer`; with `switch_mode="fixed"` for as many cycles as there can be."""
+        values = super().set_initial_training_values(*args, **kwargs)
+        self._steps_of_schedule = values[-1]
+        most = 1 + max(self.dendrite_args.max_dendrites, 3) * self.dendrite_args.max_dendrite_tries
+        return schedule.of_all_cycles(values, most) if self._fixed else values
+
+    def _init_training_state(self, max_steps, num_update_steps_per_epoch, *args, **kwargs):
+        """As in `Trainer`; evaluations are counted in a cycle, and a stream continues where it was."""
+        epochs, batches = super()._init_training_state(max_steps, num_update_steps_per_epoch, *args, **kwargs)
+        if self._fixed and not self.state.global_step:
+            self.state.compute_steps(self.args, self._steps_of_schedule)
+        if self.state.global_step and not self.args.ignore_data_skip and not has_length(self.train_dataset):
+            # The Trainer takes all steps for one epoch. The epoch says how often the stream began again.
+            epochs = math.ceil(self.state.epoch) - 1
+            batches = round((self.state.epoch - epochs) * num_update_steps_per_epoch)
+            batches *= self.args.gradient_accumulation_steps
+        return epochs, batches
+
+    def _finalize_training(self, *args, **kwargs):
+        """As in `Trainer`; first the best model comes back, so that callbacks see it at the end."""
+        if not self.dendrite_args.testing_dendrite_capacity or self.decision is not Decision.COMPLETE:
+            self.growth.restore_best()
+        self.train_seconds += time.monotonic() - self._began
+        if self.plot in self._callbacks():  # a caller may have removed it
             self.plot.draw(self.args, self.state)
         self.accelerator.wait_for_everyone()
-        if self.stop_signal.number and not complete:
-            command = shlex.join(["python", *sys.argv, "--resume_from_checkpoint", "true"])
-            stopped = f"stopped at step {self.state.global_step:,} with a checkpoint; to go on: {command}"
-            raise PerforatedError(stopped, 128 + self.stop_signal.number)
-        at_end = 0 < self.state.max_steps <= self.state.global_step
-        self.stopped_by = "tracker" if complete else "max_steps" if at_end else "callback"
-        if not complete:
-            self.tracker.restore_best()
-        if warning := report.no_dendrite_came(self.dendrite_args, self.state.log_history, self.score_name):
-            say(warning)
-        return self._of_all_cycles(output or TrainOutput(self.state.global_step, 0.0, {}))
+        return super()._finalize_training(*args, **kwargs)
 
-    def _of_all_cycles(self, output: TrainOutput) -> TrainOutput:
-        """The output of the last cycle's `Trainer.train()`, with time, speed and loss of the whole training."""
-        if not self.restarts or not self.train_seconds:
-            return output
-        steps, args = self.state.global_step, self.args
-        batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        metrics = speed_metrics("train", time.time() - self.train_seconds, steps * batch, steps)
-        loss = report.mean_loss(self.state.log_history)
-        return TrainOutput(steps, loss, output.metrics | metrics | {"train_loss": loss})
+    def _load_best_model(self):
+        """Nothing: the best model is there already, with or without `load_best_model_at_end`."""
 
-    def _decide(self, metrics: dict[str, float]) -> Decision:
-        """Give an evaluation to the tracker. Rank 0 alone does, and tells the others what it decided."""
-        score = metrics[self.score_name]
-        if not math.isfinite(score):
-            raise PerforatedError(f"{self.score_name} is {score}: it cannot decide", exit_status=1)
-        if idle := self.tracker.idle_modules():
-            raise PerforatedError(f"no training reached {', '.join(idle)}: set --module_ids_to_track {' '.join(idle)}")
-        decision = Decision.CONTINUE
-        if self.is_world_process_zero() or self.tracker.decides_everywhere:
-            before, unit = self.num_dendrites, report.unit(self.score_name)
-            losses = [entry["loss"] for entry in self.state.log_history[-9:] if "loss" in entry]
-            extra = {"train loss": losses[-1]} if losses and math.isfinite(losses[-1]) else {}
-            test = {f"test {name}": value for name, value in self.test_metrics.items() if name == f"test_{unit}"}
-            step = self.state.global_step
-            ends = self._fixed and step >= self.state.max_steps
-            limit = self.dendrite_args.doing_pai and self.dendrite_args.max_parameters
-            size = self.tracker.size_with_one_more() if limit else 0
-            with in_one_line("the best model so far"):
-                decision = self.tracker.add_score(score, extra, test, step, end_of_cycle=ends)
-            if decision is Decision.COMPLETE and limit and size > limit:
-                say(f"one dendrite more would make {size:,} parameters, --max_parameters is {limit:,}: none is added")
-            if decision is Decision.RESTRUCTURED:
-                rows = report.scores(self.state.log_history, self.score_name)
-                best = report.best(rows, self.score_name, self.args.greater_is_better)[self.score_name]
-                grown = f"{before} -> {report.count(self.num_dendrites, 'dendrite')}"
-                if before == self.num_dendrites:
-                    grown = f"dendrite {before} did not help and is tried anew"
-                if self.dendrite_args.control_of:
-                    grown = "optimizer and schedule start anew, as in the run"
-                say(
-                    f"step {self.state.global_step:,}: {grown}, {self.num_parameters:,} parameters, "
-                    f"best {unit} so far {best:.4f}"
-                )
-        return broadcast_object_list([decision])[0]
+    def create_optimizer(self, *args, **kwargs):
+        """As `Trainer.create_optimizer`, with `dendrite_learning_rate_factor`."""
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if is_new:
+            if self._is_scaled:
+                schedule.scale_optimizer(optimizer, self.dendrite_args.dendrite_learning_rate_factor)
+            claimed = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            left = [n for n, p in self.model.named_parameters() if p.requires_grad and id(p) not in claimed]
+            if left:
+                more = f" and {len(left) - 3} more" if len(left) > 3 else ""
+                say(f"warning: no group of the optimizer trains {', '.join(left[:3])}{more}")
+        return optimizer
+
+    @property
+    def _is_scaled(self) -> bool:
+        return bool(self.restarts)
+
+    def create_scheduler(self, num_training_steps, *args, **kwargs):
+        """As in `Trainer`; learning rates in `lr_scheduler_kwargs` are scaled as that of the optimizer."""
+        given, factor = self.args.lr_scheduler_kwargs, self.dendrite_args.dendrite_learning_rate_factor
+        if self._is_scaled and factor != 1:
+            self.args.lr_scheduler_kwargs = schedule.scale_arguments(given, factor)
+        try:
+            return super().create_scheduler(num_training_steps, *args, **kwargs)
+        finally:
+            self.args.lr_scheduler_kwargs = given
+
+    def floating_point_ops(self, inputs):
+        """As `Trainer.floating_point_ops`, but the parameters are counted once per cycle."""
+        data = inputs.get(getattr(self.model, "main_input_name", "input_ids")) if hasattr(inputs, "get") else None
+        return 0 if data is None or not hasattr(data, "numel") else 6 * data.numel() * self._counted
+
+    def log(self, logs, *args, **kwargs):
+        """As `Trainer.log`; dendrites and parameters become series in TensorBoard, wandb and the log history."""
+        if self.is_in_train:
+            logs |= {"dendrites": self.num_dendrites, "parameters": self._counted}
+        super().log(logs, *args, **kwargs)
+
+    # ------------------------------------------------------------------------------------------------------ settings
 
     def _name_other_settings(self, then: dict, name: str) -> None:
         now = self.settings()
@@ -250,91 +413,64 @@ class PerforatedTrainer(PublishingTrainer):
                 say(f"warning: {setting} was {then.get(setting)} in {name} and is now {now.get(setting)}")
 
     def settings(self) -> dict:
-        """What a resumed run should share with the run that wrote the checkpoint."""
+        """What a resumed run should share with the run that wrote the checkpoint, as JSON has it."""
         settings = compared_settings(self.dendrite_args, self.args)
-        if self._data is None:  # looked at once: an example may be made with random numbers
+        if self._data is None:  # read once: an example may be made with random numbers
             self._data = {}
             for name in ("train_dataset", "eval_dataset", "test_dataset"):
-                data = getattr(self, name)
-                if hasattr(data, "__len__") and hasattr(data, "__getitem__") and not isinstance(data, dict):
-                    first, again = (re.sub("0x[0-9a-f]+", "", repr(data[0])) for _ in range(2))
-                    mark = f", first {zlib.crc32(first.encode()):08x}" if first == again else ""
-                    self._data[name] = f"{len(data)} examples{mark}"
+                if (number := _length(getattr(self, name))) is not None:
+                    self._data[name] = f"{number} examples"
         return settings | self._data
 
-    # ------------------------------------------------------------------------------------- the Trainer's hooks: a step
-
-    def create_optimizer(self, *args, **kwargs):
-        """As `Trainer.create_optimizer`; the library is told of the new optimizer."""
-        is_new = self.optimizer is None
-        optimizer = super().create_optimizer(*args, **kwargs)
-        if is_new and (self.num_dendrites or self.restarts):  # a control has no dendrites
-            schedule.scale(optimizer, self.dendrite_args.dendrite_learning_rate_factor)
-        self.tracker.set_optimizer(optimizer)
-        return optimizer
-
-    @property
-    def _cycle_start(self) -> int:
-        """The global step at which the running cycle began."""
-        return self.restarts[-1] if self.restarts else 0
-
-    def set_initial_training_values(self, *args, **kwargs):
-        """As in `Trainer`; with `--switch_mode fixed` the numbers are those of the running cycle."""
-        values = super().set_initial_training_values(*args, **kwargs)
-        return schedule.of_one_cycle(values, self._cycle_start) if self._fixed else values
-
-    def create_scheduler(self, num_training_steps, *args, **kwargs):
-        """As in `Trainer`; with `--switch_mode fixed` it is a schedule for one cycle."""
-        return super().create_scheduler(num_training_steps - self._fixed * self._cycle_start, *args, **kwargs)
-
-    def floating_point_ops(self, inputs):
-        """As `Trainer.floating_point_ops`, but without counting the parameters anew at each step."""
-        data = inputs.get(self.model.main_input_name)
-        return 0 if data is None else 6 * data.numel() * self._num_parameters_of(self.num_dendrites)
-
-    def _num_parameters_of(self, dendrites: int) -> int:
-        counted = self.__dict__.setdefault("_counted", {})
-        if dendrites not in counted:  # the number of dendrites determines the structure
-            counted[dendrites] = self.num_parameters
-        return counted[dendrites]
-
-    def log(self, logs, *args, **kwargs):
-        """As `Trainer.log`; dendrites and parameters become series in TensorBoard, wandb and the log history."""
-        if self.is_in_train:
-            logs |= {"dendrites": self.num_dendrites, "parameters": self._num_parameters_of(self.num_dendrites)}
-        super().log(logs, *args, **kwargs)
-
-    # ------------------------------------------------------------------------------ the Trainer's hooks: an evaluation
+    # --------------------------------------------------------------------------------------------------- evaluations
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval", **kwargs):
-        """As `Trainer.evaluate`; while training, the test data first, for the report."""
+        """As `Trainer.evaluate`; while training, the test data is evaluated first, for the report."""
         if self.is_in_train and eval_dataset is None and self.test_dataset is not None:
-            self.test_metrics = super().evaluate(self.test_dataset, ignore_keys, "test", **kwargs)
-        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix, **kwargs)
+            self._evaluate_test(ignore_keys, **kwargs)
+        self._last_metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix, **kwargs)
+        return self._last_metrics
 
-    def get_eval_dataloader(self, eval_dataset=None):
-        """As `Trainer.get_eval_dataloader`; the test data has a loader of its own.
+    def _evaluate_test(self, ignore_keys, **kwargs) -> None:
+        """Evaluate the test data. Random numbers are those that they would be without it."""
+        states = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_available() else []):
+            output = self.predict(self.test_dataset, ignore_keys, "test", **kwargs)
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.random.set_rng_state(states[2])
+        self.test_metrics = output.metrics
+        self.log(dict(output.metrics))
 
-        With `dataloader_persistent_workers` the Trainer keeps one loader, and would give it for any other data, too.
-        """
-        if eval_dataset is None or eval_dataset is not self.test_dataset:
-            return super().get_eval_dataloader(eval_dataset)
-        if self._test_loader is None or not self.args.dataloader_persistent_workers:
-            self._test_loader = self.get_test_dataloader(eval_dataset)
+    def get_test_dataloader(self, test_dataset):
+        """As `Trainer.get_test_dataloader`; with persistent workers the loader of the test data is kept."""
+        if test_dataset is not self.test_dataset or not self.args.dataloader_persistent_workers:
+            return super().get_test_dataloader(test_dataset)
+        if self._test_loader is None:
+            self._test_loader = super().get_test_dataloader(test_dataset)
         return self._test_loader
 
     def _evaluate(self, trial, ignore_keys_for_eval, skip_scheduler=False):
-        """As `Trainer._evaluate`, the evaluations while training; then the tracker decides how to go on."""
-        metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+        """As `Trainer._evaluate`, the evaluations while training; then the policy decides."""
+        try:
+            metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+        except KeyError as error:  # the Trainer's words for a metric that evaluation does not produce
+            if "metric_for_best_model" in str(error):
+                self._refuse_metric(self._last_metrics)
+            raise
+        if self.score_name not in metrics:
+            self._refuse_metric(metrics)
         if not skip_scheduler:  # not on an evaluation before the first step, --eval_on_start
-            self._stop_was_asked = self.control.should_training_stop  # by a callback; a new cycle would not hear of it
-            self.decision = self._decide(metrics)
-            if self.decision is Decision.RESTRUCTURED:
-                self.restarts.append(self.state.global_step)
-            self.progress.show(self.args, self.state)
-            if self.decision is not Decision.CONTINUE:
-                self.control.should_save = self.control.should_training_stop = True
+            self._decide(metrics)
+            self.progress.show(self.args, self.state, self.growth.policy, self.num_dendrites)
         return metrics
+
+    def _refuse_metric(self, metrics: dict) -> None:
+        raise PerforatedError(report.missing_metric(self.score_name, metrics, self.label_names))
+
+    def _determine_best_metric(self, metrics, trial):
+        """As in `Trainer`, for callbacks that read `state.best_metric`; an evaluation that is not finite is skipped."""
+        return math.isfinite(metrics[self.score_name]) and super()._determine_best_metric(metrics, trial)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None, **kwargs):
         """As `Trainer.prediction_step`; the loss leaves out what fills up the last batch of several processes.
@@ -352,51 +488,66 @@ class PerforatedTrainer(PublishingTrainer):
                 return super().prediction_step(model, inputs, True)[0], *output[1:]
         return output
 
-    # ------------------------------------------------------------------------------- the Trainer's hooks: a checkpoint
-
-    def _checkpoint_folder(self) -> Path:
-        return self.run_folder / f"checkpoint-{self.state.global_step}"
+    # --------------------------------------------------------------------------------------------------- checkpoints
 
     def _save_checkpoint(self, model, trial):
         """As `Trainer._save_checkpoint`; the checkpoint counts once all of it is there, and only then old ones go."""
-        folder, limit, settings = self._checkpoint_folder(), self.args.save_total_limit, self.settings()
-        self.state.best_global_step = None  # the tracker keeps the best model, the Trainer need not
-        self.args.save_total_limit = None  # the Trainer would delete an old checkpoint before the new one is sealed
+        folder = self.run_dir / f"checkpoint-{self.state.global_step}"
+        limit, settings = self.args.save_total_limit, self.settings()
+        self.state.best_global_step = None  # the best model is kept in each checkpoint, the Trainer need not keep one
+        self.args.save_total_limit = None  # the Trainer would delete an old checkpoint before the new one is complete
         try:
-            with in_one_line(folder):
-                if self.is_world_process_zero():
-                    checkpoint.begin(folder)
-                self.accelerator.wait_for_everyone()  # before other processes write their random state there
+            with disk_errors(folder, self.run_dir):
+                self._on_main_process(lambda: checkpoint.begin(folder))  # before others write their random state there
                 super()._save_checkpoint(model, trial)
                 self.accelerator.wait_for_everyone()
-                if self.is_world_process_zero():
-                    self.tracker.save(folder)
-                    facts = {
-                        "complete": self.decision is Decision.COMPLETE,
-                        "train_seconds": self.train_seconds + time.monotonic() - self._began,
-                        "settings": settings,
-                        "restarts": self.restarts,
-                    }
-                    checkpoint.seal(folder, facts)
-                    checkpoint.rotate(self.run_folder, limit)
+                facts = {
+                    "step": self.state.global_step,
+                    "complete": self.decision is Decision.COMPLETE,
+                    "train_seconds": self.train_seconds + time.monotonic() - self._began,
+                    "settings": settings,
+                    "restarts": self.restarts,
+                }
+                self._on_main_process(lambda: self._finish_checkpoint(folder, facts, limit))
         finally:
             self.args.save_total_limit = limit
-        self.accelerator.wait_for_everyone()
 
-    def _save_optimizer_and_scheduler(self, output_dir):
-        """As in `Trainer`; nothing where the structure has just changed: they belong to the network before that."""
-        if self.decision is Decision.CONTINUE:
-            super()._save_optimizer_and_scheduler(output_dir)
+    def _finish_checkpoint(self, folder: Path, facts: dict, limit: int | None) -> None:
+        self.growth.save(folder)
+        checkpoint.write_manifest(folder, facts)
+        checkpoint.rotate(self.run_dir, limit, newest=folder)
 
-    def _save_scaler(self, output_dir):
-        if self.decision is Decision.CONTINUE:
-            super()._save_scaler(output_dir)
+    def _on_main_process(self, work) -> None:
+        """Do something in the first process; all processes wait, and end with its error."""
+        error = None
+        if self.is_world_process_zero():
+            try:
+                work()
+            except Exception as caught:
+                if self.args.world_size == 1:
+                    raise
+                error = caught
+        if self.args.world_size > 1 and (error := broadcast_object_list([error])[0]):
+            raise error
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        """The only place where model, dendrites and tracker are loaded; `Trainer` does the rest."""
-        with in_one_line("the best model so far"):
-            self.tracker.load(Path(resume_from_checkpoint))
+        """The only place where network and dendrites are loaded; `Trainer` does the rest."""
+        folder = Path(resume_from_checkpoint)
+        self.growth.load(folder)
+        best, unit = self.growth.policy.best_score, report.unit(self.score_name)
+        shown = "" if best is None else f", best {unit} so far {best:.4f}"
+        say(f"resuming at step {checkpoint.step_of(folder):,}: {report.count(self.num_dendrites, 'dendrite')}{shown}")
         self.accelerator.wait_for_everyone()
+
+
+def _length(data) -> int | None:
+    """The number of examples, if it is known."""
+    if isinstance(data, dict):
+        return None
+    try:
+        return len(data)
+    except (TypeError, NotImplementedError):
+        return None
 
 
 class PerforatedSeq2SeqTrainer(PerforatedTrainer, Seq2SeqTrainer):

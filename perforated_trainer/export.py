@@ -4,25 +4,24 @@ import contextlib
 import inspect
 import json
 import re
-import shlex
 import sys
 from pathlib import Path
 
 import safetensors
+from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerState
 from transformers.utils import logging
 
-from . import checkpoint, model_card, plot, report, run_folder
-from .arguments import PerforatedError, run_name
+from . import checkpoint, layers, loading, model_card, plot, report, run_dir
+from .arguments import PerforatedError, from_command_line, run_name
 from .callbacks import say
-from .layers import layers_with_dendrites
-from .remote_code import save_code
-from .verdict import verdict
+
+from .remote_code import ModelCode
 
 
 @contextlib.contextmanager
-def in_one_line(what):
-    """A full disk, while `what` is written, as one line. Around the run's own writing only, never user's code."""
+def disk_errors(what, run: Path):
+    """Turn a full disk, while `what` is written, into a one-line error. Around the run's own writing only."""
     try:
         yield
     except (OSError, safetensors.SafetensorError, RuntimeError) as error:
@@ -30,32 +29,42 @@ def in_one_line(what):
         about_files = not isinstance(error, RuntimeError) or re.search("StreamWriter|inline_container", str(error))
         if isinstance(error, PerforatedError) or not about_files:
             raise
-        raise PerforatedError(
-            f"{what} cannot be written: {error}. Earlier checkpoints are still good: go on with "
-            "--resume_from_checkpoint true",
-            exit_status=1,
-        ) from error
+        kept = ""
+        with contextlib.suppress(PerforatedError, OSError):
+            if checkpoint.complete_checkpoints(run):
+                kept = ". Earlier checkpoints are complete: resume with --resume_from_checkpoint true"
+        raise PerforatedError(f"{what} cannot be written: {error}{kept}", exit_status=1) from error
 
 
-class PublishingTrainer(Trainer):
+class ExportingTrainer(Trainer):
     """The half of `PerforatedTrainer` that writes what is kept of a run. It trains nothing."""
 
-    # ---------------------------------------------------------------------------------- the Trainer's hooks: the model
+    # ------------------------------------------------------------------------------------ the Trainer's hooks: the model
+
+    def read_code(self) -> ModelCode | None:
+        """The source of the model's class as it is before the training."""
+        return ModelCode(self.model) if isinstance(self.model, PreTrainedModel) else None
 
     def _save(self, output_dir=None, state_dict=None):
-        """Write the model as it is deployed, wherever `save_model` is called from, with the code that it needs."""
+        """Write the model with the code that it needs, wherever `save_model` is called from."""
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
         bars = logging.is_progress_bar_enabled()
         logging.disable_progress_bar()  # of files being written
         try:
-            model = self.deployed_model()
-            model.save_pretrained(folder, state_dict=_without_aliases(model), save_original_format=False)
-            if layers_with_dendrites(model) or not type(model).__module__.startswith("transformers."):
-                save_code(model, folder)
+            if isinstance(self.model, PreTrainedModel):
+                self.model.save_pretrained(folder, state_dict=_without_aliases(self.model), save_original_format=False)
+                self.code.save(folder, self.model)
+            elif hasattr(self.model, "save_pretrained"):  # of another library
+                self.model.save_pretrained(str(folder))
+                if folder.name.startswith("checkpoint-"):
+                    loading.save_module(self.model, folder, "network")  # names as they are in the whole model
+            else:
+                loading.save_module(self.model, folder)
             processor = self.processing_class or getattr(self.data_collator, "tokenizer", None)
-            if processor is not None:
+            if processor is not None and hasattr(processor, "save_pretrained"):
                 processor.save_pretrained(folder)
         finally:
             if bars:
@@ -65,21 +74,29 @@ class PublishingTrainer(Trainer):
         """For each number of dendrites: parameters, the best validation score, its step and the other scores there."""
         return report.cycles(self.state.log_history, self.score_name, self.args.greater_is_better)
 
-    def save_results(self, dataset: dict) -> dict:
+    def save_results(self, dataset: dict | None = None) -> dict:
         """Write `final/` (the model and a card) and `results.json`, each whole or not at all; print and return them.
 
         Args:
-            dataset: its "name" and the sizes of its parts, for the record.
+            dataset (`dict`, *optional*): Its "name" and the sizes of its parts, for the record.
+
+        Returns:
+            `dict`: What `results.json` holds.
+
+        Raises:
+            PerforatedError: Before a training.
         """
+        if self.stopped_by is None:
+            raise PerforatedError("save_results: there are no results yet, call train() first")
         final = {"dendrites": self.num_dendrites, "parameters": self.num_parameters}
         for data, part in ((self.eval_dataset, "validation"), (self.test_dataset, "test")):
             if data is not None:
-                scores = self.evaluate(data, metric_key_prefix=part)
+                scores = self._scores(data, part)
                 final |= {name: score for name, score in scores.items() if report.is_reported(name, self.score_name)}
         self.results = {
             "stopped_by": self.stopped_by,
             "testing_dendrite_capacity": self.dendrite_args.testing_dendrite_capacity,
-            "dataset": dataset,
+            "dataset": dataset or {},
             "metric": self.score_name,
             "greater_is_better": self.args.greater_is_better,
             "seed": self.args.seed,
@@ -90,73 +107,95 @@ class PublishingTrainer(Trainer):
             "train_seconds": round(self.train_seconds, 3),
             "steps_per_second": round(self.state.global_step / max(self.train_seconds, 1e-9), 1),
             "settings": self.settings(),
-            "command": shlex.join(sys.argv),
+            "command": run_dir.redact(sys.argv),
             "versions": report.installed_versions(),
         }
-        if (run := self.dendrite_args.control_of) and self.stopped_by == "tracker":  # else it was not as long
-            self.results["control"] = verdict(self, self.tracker.results, final, Path(run))
+        run = self.dendrite_args.control_of
+        if run and self.stopped_by == "tracker":  # else it was not as long
+            from .comparison import compare
+
+            self.results["control"] = compare(self, self.growth.results, final, Path(run), load=self.load_model)
         if self.args.should_save:
-            with in_one_line(self.run_folder / run_folder.FINAL):
+            with disk_errors(self.run_dir / run_dir.FINAL, self.run_dir):
                 self._write_final()
-                checkpoint.write_whole(self.run_folder / run_folder.RESULTS, json.dumps(self.results, indent=2) + "\n")
-            if "control" in self.results and self.tracker.same_network:
-                self._draw_run_with_control(Path(run))
-        say(report.summary(self.results, self.run_folder))
+                checkpoint.write_whole(self.run_dir / run_dir.RESULTS, json.dumps(self.results, indent=2) + "\n")
+            if "control" in self.results and self.growth.same_network:
+                self._draw_run_with_baseline(Path(run))
+        say(report.summary(self.results, self.run_dir, from_command_line(self.args)))
         if self.dendrite_args.testing_dendrite_capacity:
             say(f"Largest memory in use: {report.peak_memory()}")
         return self.results
 
-    def _draw_run_with_control(self, run: Path) -> None:
-        """Draw the picture of the run anew, with the control's score as a line, where its log is still there."""
-        states = sorted(run.glob("checkpoint-*/trainer_state.json"), key=lambda path: checkpoint.step_of(path.parent))
-        if states and checkpoint.step_of(states[-1].parent) == self.tracker.last_step:
-            history = TrainerState.load_from_json(str(states[-1])).log_history
-            path, without = run / f"{run.resolve().name}.png", self.results["control"]["without"]
-            with in_one_line(path):
+    def _scores(self, data, part: str) -> dict:
+        """Scores of the model. Callbacks have seen the evaluations of the training; these are for the record."""
+        if isinstance(data, dict):
+            return {
+                name: score
+                for key, one in data.items()
+                for name, score in self.predict(one, metric_key_prefix=f"{part}_{key}").metrics.items()
+            }
+        return self.predict(data, metric_key_prefix=part).metrics
+
+    def load_model(self, folder: Path) -> nn.Module:
+        """Load a model of this trainer's kind from what `save_model` wrote."""
+        if hasattr(type(self.model), "from_pretrained"):
+            return type(self.model).from_pretrained(folder)
+        raise OSError(f"a {type(self.model).__name__} has no from_pretrained")
+
+    def _draw_run_with_baseline(self, run: Path) -> None:
+        """Draw the plot of the run again, with the baseline's score as a line, if its log is still there."""
+        steps = checkpoint.complete_checkpoints(run)
+        if steps and checkpoint.step_of(steps[-1]) == self.growth.last_step:
+            history = TrainerState.load_from_json(str(steps[-1] / "trainer_state.json")).log_history
+            path, without = run_dir.plot_path(run), self.results["control"]["without"]
+            with disk_errors(path, run):
                 plot.draw(history, self.score_name, self.args.greater_is_better, path, without)
 
     # ------------------------------------------------------------------------------------------------------ model card
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Write the model's README.md into `output_dir`; after `save_results`, with its scores and how to load it."""
-        results = getattr(self, "results", None)
-        if results is None:
+        results, numbers = getattr(self, "results", None), self._numbers_of_dendrites()
+        if results is None or not isinstance(self.model, PreTrainedModel):
             super().create_model_card(*args, **kwargs)
         elif self.is_world_process_zero():
             kind, processor = type(self.model), self.processing_class
-            run, here = self.tracker.folder, Path.cwd()
+            run, here = self.run_dir.resolve(), Path.cwd()
             run = run.relative_to(here) if run.is_relative_to(here) else Path(run.name)  # no path of this machine
             card = model_card.model_card(
                 results,
-                name=kwargs.get("model_name") or run.name,
+                name=kwargs.get("model_name") or run.name or run_name(self.args),
                 model_class=kind.__name__,
                 processor=processor is not None,
                 custom_code=not kind.__module__.startswith("transformers."),
-                path=self.hub_model_id or (run / run_folder.FINAL).as_posix(),
+                path=self.hub_model_id or (run / run_dir.FINAL).as_posix(),
                 mask=getattr(processor, "mask_token", None),
+                layers=numbers,
             )
             given = inspect.signature(Trainer.create_model_card).bind(self, *args, **kwargs).arguments
             known = inspect.signature(model_card.add_metadata).parameters
             card = model_card.add_metadata(card, **{key: value for key, value in given.items() if key in known})
             checkpoint.write_whole(Path(self.args.output_dir, "README.md"), card)
 
+    def _numbers_of_dendrites(self) -> dict[str, int]:
+        return {name: layer.num_dendrites for name, layer in layers.layers_with_dendrites(self.model).items()}
+
     @contextlib.contextmanager
     def _output_dir(self, folder: Path):
         """Let the Trainer's own methods work in another folder."""
-        run_folder, self.args.output_dir = self.args.output_dir, str(folder)
+        before, self.args.output_dir = self.args.output_dir, str(folder)
         try:
             yield
         finally:
-            self.args.output_dir = run_folder
+            self.args.output_dir = before
 
     def _write_final(self, **metadata):
         """Write the model and its card into `final/`, whole or not at all: under another name first."""
-        folder, unfinished = self.run_folder, self.run_folder / f"{run_folder.FINAL}.unfinished"
-        checkpoint.begin(unfinished)
-        with self._output_dir(unfinished):
+        staging = run_dir.stage(self.run_dir)
+        with self._output_dir(staging):
             self.save_model(_internal_call=True)
             self.create_model_card(**metadata)
-        run_folder.publish(unfinished, folder)
+        run_dir.export(staging, self.run_dir)
 
     # --------------------------------------------------------------------------------------------------------- the Hub
 
@@ -167,7 +206,7 @@ class PublishingTrainer(Trainer):
         kwargs.setdefault("model_name", (self.args.hub_model_id or run_name(self.args)).split("/")[-1])
         if self.args.should_save:
             self._write_final()  # files that an older model left there must not be uploaded with it
-        with self._output_dir(self.run_folder / run_folder.FINAL):
+        with self._output_dir(self.run_dir / run_dir.FINAL):
             return super().push_to_hub(*args, **kwargs)
 
     def _push_from_checkpoint(self, checkpoint_folder):

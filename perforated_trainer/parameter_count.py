@@ -1,5 +1,6 @@
-"""What dendrites cost, in parameters, before they are there: prices, how many fit, and the table of it."""
+"""The number of parameters that dendrites add, before they are added, and the table of it."""
 
+import math
 import re
 
 from torch import nn
@@ -17,6 +18,14 @@ def neurons_of(module: nn.Module) -> int:
         if hasattr(last, name):
             return getattr(last, name)
     return next(last.parameters(recurse=False)).shape[0]
+
+
+def of_low_rank(module: nn.Module, rank: int, neurons: int) -> int:
+    """Parameters of a dendrite of low rank: two thin matrices and a bias."""
+    inputs = getattr(module, "in_features", getattr(module, "nx", None))
+    if inputs is None:
+        inputs = module.in_channels * math.prod(module.kernel_size)
+    return rank * (inputs + neurons) + neurons
 
 
 def of_dendrite(parameters: int, neurons: int, number: int) -> int:
@@ -59,34 +68,77 @@ def _lines(rows: list[tuple]) -> list[str]:
     ]
 
 
+def _ranges(numbers: list[int]) -> str:
+    """ "0-3,5" """
+    parts = []
+    for number in sorted(numbers):
+        if parts and number == parts[-1][1] + 1:
+            parts[-1][1] = number
+        else:
+            parts.append([number, number])
+    return ",".join(f"{first}-{last}" if last > first else f"{first}" for first, last in parts)
+
+
+def _pattern(name: str) -> str:
+    return re.sub(r"\.\d+(?=\.|$)", ".*", f".{name}")[1:]
+
+
+def collapse(names: list[str], every: list[str]) -> dict[str, str]:
+    """A short form of each name: `layer.*.dense` for all blocks, `layer.{0-3}.dense` for some of them.
+
+    Args:
+        names (`list[str]`): Names of modules that share a property.
+        every (`list[str]`): Names of all modules of the model.
+    """
+    all_of, some_of = {}, {}
+    for group, those in ((all_of, every), (some_of, names)):
+        for name in those:
+            group.setdefault(_pattern(name), []).append(name)
+    short = {}
+    for pattern, those in some_of.items():
+        form = pattern
+        if len(those) < len(all_of.get(pattern, those)):
+            numbers = [re.findall(r"(?<=\.)\d+(?=\.|$)", f".{name}") for name in those]
+            if len(numbers[0]) == 1:
+                form = pattern.replace("*", f"{{{_ranges([int(number) for (number,) in numbers])}}}")
+            else:
+                form = None
+        for name in those:
+            short[name] = name if form is None else form
+    return short
+
+
 def table(
     layers: dict[str, tuple[str, int, int]],
-    left: dict[str, list[str]],
+    excluded: dict[str, list[str]],
+    every: list[str],
     sizes: list[int],
     before: int,
     limit: int | None = None,
 ) -> str:
-    """What gets dendrites, what does not, and the size of the network with each dendrite more.
+    """What gets dendrites, what does not and why, and the number of parameters with each further dendrite.
 
     Args:
-        layers: type, parameters and neurons of each layer that gets dendrites, by name.
-        left: names of modules with weights that get none, by type.
-        sizes: as the function `sizes` gives them.
-        before: dendrites that each layer has now.
-        limit: the largest number of parameters, where there is one.
+        layers (`dict`): Type of each layer that gets dendrites, parameters of a dendrite and number of neurons, by name.
+        excluded (`dict`): Names of modules with weights that get none, by reason.
+        every (`list[str]`): Names of all modules.
+        sizes (`list[int]`): As `sizes` returns them.
+        before (`int`): Dendrites that the layers have now.
+        limit (`int`, *optional*): The largest number of parameters.
     """
-    groups = {}
+    groups, short = {}, collapse(list(layers), every)
     for name, (kind, parameters, neurons) in layers.items():
-        group = groups.setdefault((re.sub(r"\.\d+(?=\.|$)", ".*", name) or "the model itself", kind), [0, 0, 0])
-        for i, value in enumerate((1, parameters, of_dendrite(parameters, neurons, before + 1))):
+        group = groups.setdefault((short[name] or "the model itself", kind), [0, 0])
+        for i, value in enumerate((1, of_dendrite(parameters, neurons, before + 1))):
             group[i] += value
-    rows = [("Dendrites for", "type", "layers", "parameters", "one dendrite adds")]
+    rows = [("Dendrites for", "type", "layers", "one dendrite adds")]
     rows += [(name, kind, *(f"{value:,}" for value in group)) for (name, kind), group in groups.items()]
     lines = _lines(rows)
-    if left:
-        kinds = (f"{kind} ({', '.join(dict.fromkeys(names))})" for kind, names in left.items())
-        lines.append(f"No dendrites: {'; '.join(kinds)}")
-    rows = [("Dendrites", "parameters", "more", "")]
+    for reason, names in excluded.items():
+        shown = list(dict.fromkeys(collapse(names, every).values()))
+        more = f" and {len(shown) - 8} more" if len(shown) > 8 else ""
+        lines.append(f"No dendrites ({reason}): {', '.join(shown[:8])}{more}")
+    rows = [("Dendrites per layer", "parameters", "more", "")]
     for number, size in enumerate(sizes):
         more, share = (f"+{size - sizes[0]:,}", f"+{size / sizes[0] - 1:.1%}") if number else ("", "")
         too_large = limit and size > limit

@@ -1,0 +1,131 @@
+"""Layers whose weights other code reads instead of calling the layer: a dendrite on one would be trained or used in part.
+
+The source of each module's class is searched for expressions such as `self.conv.weight`. Attributes that say nothing about
+the values (`self.out.weight.dtype`) do not count, nor do methods that run when a model is made.
+"""
+
+import ast
+import inspect
+import linecache
+import re
+import sys
+from functools import cache
+
+from torch import nn
+
+_READS = re.compile(r"self(\.\w+|\[[^\]]*\])+\.(weight|bias)\b")
+_HARMLESS = set("dtype device shape ndim size dim numel requires_grad is_cuda is_meta is_quantized grad".split())
+_WHEN_MADE = set(
+    "__init__ _init_weights init_weights reset_parameters _reset_parameters tie_weights extra_repr".split()
+)
+_QUESTIONS = {"isinstance", "hasattr", "getattr", "type", "id", "len"}
+# Their classes read the weights of layers on a fast path, which `layers.compute_in_full` switches off.
+_COMPUTED_IN_FULL = nn.TransformerEncoderLayer, nn.TransformerEncoder
+
+
+def layers_read(model: nn.Module) -> dict[str, str]:
+    """Names of layers whose weights are read, and the method that does.
+
+    Args:
+        model (`nn.Module`): Its classes are searched, not its values.
+
+    Returns:
+        `dict`: Name of the layer: "Class.method".
+    """
+    found, names = {}, {}
+    for name, module in model.named_modules():
+        names.setdefault(module, name)
+    for module in names:
+        for cls in type(module).__mro__:
+            if cls is nn.Module or not issubclass(cls, nn.Module) or cls in _COMPUTED_IN_FULL:
+                continue
+            for path, method in _reads(cls):
+                layer = _resolve(module, path)
+                if isinstance(layer, nn.Module) and layer in names:
+                    found.setdefault(names[layer], f"{cls.__name__}.{method}")
+    return found
+
+
+def _resolve(module, path: tuple):
+    for part in path:
+        try:
+            module = module[part] if isinstance(part, int) else getattr(module, part)
+        except (AttributeError, IndexError, KeyError, TypeError):
+            return None
+    return module
+
+
+@cache
+def _reads(cls: type) -> list[tuple[tuple, str]]:
+    """For each weight that a class reads: the path to its layer from `self`, and the method."""
+    node = _class_node(cls)
+    found = []
+    for method in node.body if node else ():
+        if not isinstance(method, ast.FunctionDef) or method.name in _WHEN_MADE:
+            continue
+        harmless = set()
+        for part in ast.walk(method):
+            if isinstance(part, ast.Attribute) and part.attr in _HARMLESS:
+                harmless.add(id(part.value))
+            elif isinstance(part, ast.Call) and getattr(part.func, "id", None) in _QUESTIONS:
+                harmless |= {id(argument) for argument in part.args}
+            elif isinstance(part, ast.Compare) and all(isinstance(op, (ast.Is, ast.IsNot)) for op in part.ops):
+                harmless.add(id(part.left))
+        for part in ast.walk(method):
+            reads = (
+                isinstance(part, ast.Attribute) and part.attr in ("weight", "bias") and isinstance(part.ctx, ast.Load)
+            )
+            if reads and id(part) not in harmless and (path := _path(part.value)):
+                found.append((path, method.name))
+    return found
+
+
+def _path(node) -> tuple | None:
+    """The path of `self.a.b[0]` from `self`; None for anything else, and for `self` alone."""
+    parts = []
+    while isinstance(node, (ast.Attribute, ast.Subscript)):
+        if isinstance(node, ast.Attribute):
+            parts.append(node.attr)
+        elif isinstance(node.slice, ast.Constant) and isinstance(node.slice.value, (int, str)):
+            parts.append(node.slice.value)
+        else:
+            return None
+        node = node.value
+    is_self = isinstance(node, ast.Name) and node.id == "self"
+    return tuple(reversed(parts)) if is_self and parts else None
+
+
+def _class_node(cls: type) -> ast.ClassDef | None:
+    if "<locals>" in cls.__qualname__ or cls.__module__ == "__main__":
+        try:  # finds the class that is meant among several of a name
+            source = inspect.cleandoc("\n" + inspect.getsource(cls))
+        except (OSError, TypeError):
+            return None
+        try:
+            tree = ast.parse(source)
+        except SyntaxError:
+            return None
+        return tree.body[0] if tree.body and isinstance(tree.body[0], ast.ClassDef) else None
+    return _classes(cls.__module__).get(cls.__qualname__)
+
+
+@cache
+def _classes(module: str) -> dict[str, ast.ClassDef]:
+    """The classes of a module by name, of one in whose source a weight is read at all."""
+    file = getattr(sys.modules.get(module), "__file__", None)
+    source = "".join(linecache.getlines(file)) if file and file.endswith(".py") else ""
+    if not _READS.search(source):
+        return {}
+    found = {}
+
+    def visit(node, prefix):
+        for child in node.body:
+            if isinstance(child, ast.ClassDef):
+                found[prefix + child.name] = child
+                visit(child, f"{prefix}{child.name}.")
+
+    try:
+        visit(ast.parse(source), "")
+    except (SyntaxError, RecursionError, ValueError):
+        return {}
+    return found
