@@ -1,19 +1,25 @@
-"""What is told of a run: pure functions of the Trainer's log history and of `results.json`.
+"""Run reports, as pure functions of the Trainer's log history and `results.json`.
 
 `results.json` has these keys: stopped_by ("tracker", "max_steps" or "callback"), testing_dendrite_capacity, dataset,
 metric, greater_is_better, seed, cycles (for each number of dendrites the best validation score and the other scores at
-that step), final, global_step, restarts (the steps at which optimizer and schedule started anew), train_seconds,
-steps_per_second, settings (what a control must share), command, versions; of a control also `control`, see `verdict`.
+that step), final, global_step, restarts (the steps at which optimizer and scheduler were restarted), train_seconds,
+steps_per_second, settings (what a step-matched baseline must share), command, versions; of a baseline also `control`,
+see `comparison`.
 """
 
+import bisect
+import contextlib
 import math
 import re
+import shlex
+import statistics
 import sys
-from importlib.metadata import version
+from collections.abc import Iterable, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
-from transformers import TrainingArguments
+from transformers import EarlyStoppingCallback, TrainingArguments
 
 from .arguments import DendriteArguments
 
@@ -21,7 +27,7 @@ PACKAGES = ("torch", "torchvision", "transformers", "perforatedai", "accelerate"
 
 
 def count(number: int, noun: str) -> str:
-    """ "1 dendrite", "2 dendrites"."""
+    """A number with its noun: "1 dendrite", "2 dendrites"."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
@@ -31,16 +37,21 @@ def unit(name: str) -> str:
 
 
 def is_reported(name: str, score_name: str) -> bool:
-    """Whether a metric is one to report: no time, and the loss only where it decides."""
+    """Whether a metric is reported: no duration, and the loss only if it is the monitored metric."""
     return not re.fullmatch("loss|epoch|.*time|.*per_second", unit(name)) or unit(name) == unit(score_name)
 
 
+def is_error_rate(name: str, *values: float) -> bool:
+    """Whether scores are shown as an error rate in percent: accuracies from 0 to 1. What is left to gain says more."""
+    return name == "accuracy" and all(0 <= value <= 1 for value in values)
+
+
 def peak_memory() -> str:
-    """The largest memory in use so far: the GPU's where there is one, else this process's."""
+    """The largest memory in use so far: of the GPU if there is one, else of this process."""
     import torch
 
     if torch.cuda.is_available():
-        return f"{torch.cuda.max_memory_allocated() / 2**20:,.0f} MiB of the GPU's"
+        return f"{torch.cuda.max_memory_allocated() / 2**20:,.0f} MiB of GPU memory"
     try:
         import resource
     except ImportError:  # not on Windows
@@ -50,31 +61,44 @@ def peak_memory() -> str:
 
 
 def installed_versions() -> dict[str, str]:
-    """The versions of the packages that a result depends on, of those that are installed."""
-    return {package: version(package) for package in PACKAGES if find_spec(package)}
+    """The versions of the packages that a result depends on, if they are installed."""
+    versions = {}
+    for package in PACKAGES:
+        if find_spec(package):
+            with contextlib.suppress(PackageNotFoundError):  # a folder of that name
+                versions[package] = version(package)
+    return versions
 
 
 # ---------------------------------------------------------------------------------------------------- the log history
 
 
+def _is_finite(value) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
 def scores(log_history: list[dict], score_name: str) -> list[dict]:
-    """The evaluations so far, one dict each: step, dendrites, parameters, validation (`eval_*`) and test scores.
+    """The evaluations of a training with a finite score.
 
     Args:
-        log_history: `trainer.state.log_history`.
-        score_name: the metric that decides, such as "eval_accuracy".
+        log_history (`list[dict]`): `trainer.state.log_history`.
+        score_name (`str`): Name of the monitored metric, such as "eval_accuracy".
+
+    Returns:
+        `list[dict]`: For each evaluation step, dendrites, parameters, validation (`eval_*`) and test scores. Without
+        that before the first step (`eval_on_start`), which is no result of a training.
     """
     rows = {}
     for entry in log_history:
-        if "dendrites" in entry:
+        if "dendrites" in entry and entry["step"] > 0:
             row = rows.setdefault((entry["step"], entry["dendrites"]), {})
             for name, value in entry.items():
                 row.setdefault(name, value)
-    return [row for _, row in sorted(rows.items()) if score_name in row]
+    return [row for _, row in sorted(rows.items()) if _is_finite(row.get(score_name))]
 
 
 def mean_loss(log_history: list[dict]) -> float:
-    """The mean training loss of the steps: each entry holds the mean of those since the entry before."""
+    """The mean training loss of the steps: each entry holds the mean since the entry before."""
     total, last = 0.0, 0
     for entry in log_history:
         if "loss" in entry:
@@ -87,13 +111,33 @@ def best(rows: list[dict], name: str, greater_is_better: bool) -> dict:
     return (max if greater_is_better else min)(rows, key=lambda row: row[name])
 
 
-def cycles(log_history: list[dict], score_name: str, greater_is_better: bool) -> list[dict]:
-    """For each number of dendrites: parameters, the best validation score, its step and the other scores there."""
-    groups, result = {}, []
+def cycles(
+    log_history: list[dict],
+    score_name: str,
+    greater_is_better: bool,
+    history_lookback: int = 1,
+    restarts: Sequence[int] = (),
+) -> list[dict]:
+    """The best evaluation for each number of dendrites.
+
+    Args:
+        log_history, score_name: As for `scores`.
+        greater_is_better (`bool`): Whether a higher score is better.
+        history_lookback (`int`): Number of evaluations that scores are averaged over; the best mean counts.
+        restarts (`Sequence[int]`): The steps at which a cycle ended and the next one began, for these means.
+
+    Returns:
+        `list[dict]`: For each number of dendrites dendrites, parameters, global_step, best_validation (the score at
+        that step) and the other scores there.
+    """
+    groups, result, of_cycle = {}, [], {}
     for row in scores(log_history, score_name):
-        groups.setdefault(row["dendrites"], []).append(row)
-    for dendrites, rows in groups.items():
-        row = best(rows, score_name, greater_is_better)
+        window = of_cycle.setdefault(bisect.bisect_left(restarts, row["step"]), [])
+        window.append(float(row[score_name]))
+        mean = float(statistics.mean(window[-history_lookback:]))
+        groups.setdefault(row["dendrites"], []).append({"row": row, "mean": mean})
+    for dendrites, candidates in groups.items():
+        row = best(candidates, "mean", greater_is_better)["row"]
         cycle = {
             "dendrites": dendrites,
             "parameters": row["parameters"],
@@ -108,98 +152,195 @@ def cycles(log_history: list[dict], score_name: str, greater_is_better: bool) ->
     return result
 
 
-# ----------------------------------------------------------------------------------------------------------- in words
+# ------------------------------------------------------------------------------------------------------- before a run
+
+
+def direction(args: TrainingArguments) -> str:
+    """The monitored metric and its direction, for the start of a run."""
+    name = f"eval_{args.metric_for_best_model.removeprefix('eval_')}"
+    return f"{name}: {'higher' if args.greater_is_better else 'lower'} is better"
+
+
+def missing_metric(score_name: str, metrics: dict, label_names: Sequence[str] | None) -> str:
+    """The error for an evaluation that does not return the monitored metric.
+
+    Args:
+        score_name (`str`): Name of the monitored metric, such as "eval_accuracy".
+        metrics (`dict`): What the evaluation returned.
+        label_names (`Sequence[str]`, *optional*): `trainer.label_names`.
+
+    Returns:
+        `str`: One line with the names that can be used instead, and with `label_names` if the loss is missing.
+    """
+    names = [name for name in metrics if name.startswith("eval_") and is_reported(name, "eval_loss")]
+    line = f"metric_for_best_model: the evaluation does not return {score_name}. "
+    line += f"It returns {', '.join(names)}" if names else "It returns no metric"
+    if not names or (score_name.endswith("loss") and not any(name.endswith("loss") for name in names)):
+        expected = ", ".join(label_names or []) or "none"
+        line += (
+            f". Loss and metrics need labels: set label_names of TrainingArguments to the inputs of the model that are "
+            f"labels (now {expected})"
+        )
+    return line
+
+
+def _size(dataset) -> int | None:
+    """The number of examples. None if it is not known, as for a stream."""
+    try:
+        return len(dataset)
+    except Exception:  # of the user's class; a warning is all that depends on it
+        return None
+
+
+def _num_evaluations(args: TrainingArguments, train_dataset) -> int | None:
+    """The largest number of evaluations in one training of `max_steps` or `num_train_epochs`. None if not known."""
+    size, steps, steps_in_epoch = _size(train_dataset), args.max_steps, None
+    if size is not None:
+        batches = size / (args.train_batch_size * args.world_size)
+        batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
+        steps_in_epoch = max(math.ceil(batches / args.gradient_accumulation_steps), 1)
+        if steps <= 0:
+            steps = math.ceil(steps_in_epoch * args.num_train_epochs)
+    if args.eval_strategy == "steps" and steps > 0:
+        every = args.eval_steps if args.eval_steps >= 1 else math.ceil(steps * args.eval_steps)
+        before = math.ceil(max(args.eval_delay, 1) / every) - 1  # left out by eval_delay
+        return max(math.ceil(steps / every) - before, 0)  # the last step is always evaluated
+    if args.eval_strategy == "epoch":
+        if args.max_steps <= 0:
+            epochs = math.ceil(args.num_train_epochs)
+        elif steps_in_epoch:
+            epochs = math.ceil(steps / steps_in_epoch)
+        else:
+            return None
+        return max(epochs - max(math.ceil(args.eval_delay) - 1, 0), 0)
+    return None
+
+
+def no_dendrite_can_come(
+    dendrite_args: DendriteArguments, args: TrainingArguments, train_dataset, callbacks: Iterable = ()
+) -> str | None:
+    """A warning if settings end a run before a dendrite can be added.
+
+    Args:
+        dendrite_args (`DendriteArguments`): The settings of the dendrites.
+        args (`TrainingArguments`): The settings of the training.
+        train_dataset (`Dataset`): With its size, the number of evaluations is known. It need not have one.
+        callbacks (`Iterable[TrainerCallback]`): The callbacks of the trainer, for `EarlyStoppingCallback`.
+
+    Returns:
+        `str`: One line for each reason, or None.
+    """
+    if not dendrite_args.doing_pai or not dendrite_args.max_dendrites or dendrite_args.testing_dendrite_capacity:
+        return None
+    fixed, patience, lines = dendrite_args.switch_mode == "fixed", dendrite_args.n_epochs_to_switch, []
+    evaluations = _num_evaluations(args, train_dataset)
+    needed = patience + 1 if patience else 1  # the first evaluation of a cycle is its reference
+    if not fixed and evaluations is not None and evaluations < needed:
+        lines.append(
+            f"warning: no dendrite can be added: this run has {count(evaluations, 'evaluation')}, and "
+            f"n_epochs_to_switch={patience} needs {needed}. Train longer, evaluate more often (eval_steps) or lower it"
+        )
+    stops = [c.early_stopping_patience for c in callbacks if isinstance(c, EarlyStoppingCallback)]
+    if stops and not fixed and min(stops) <= patience:
+        lines.append(
+            f"warning: EarlyStoppingCallback ends the training after {count(min(stops), 'evaluation')} without "
+            f"improvement, before a dendrite is added after {patience} (n_epochs_to_switch). Set its "
+            "early_stopping_patience above n_epochs_to_switch, or remove it: training ends when dendrites stop helping"
+        )
+    elif stops and fixed and evaluations is not None and min(stops) < evaluations:
+        lines.append(
+            f"warning: EarlyStoppingCallback can end the training after {count(min(stops), 'evaluation')} without "
+            f"improvement, before the end of a cycle of {evaluations} at which a dendrite is added. Set its "
+            f"early_stopping_patience to {evaluations} or more, or remove it"
+        )
+    return "\n".join(lines) or None
+
+
+# -------------------------------------------------------------------------------------------------------- after a run
+
+
+def no_dendrite_came(dendrite_args: DendriteArguments, log_history: list[dict], score_name: str) -> str | None:
+    """A warning for a run that ended without a dendrite, with the reason."""
+    rows = scores(log_history, score_name)
+    if not dendrite_args.doing_pai or any(row["dendrites"] for row in rows):
+        return None
+    patience = dendrite_args.n_epochs_to_switch
+    reason = f"one is added after {patience} evaluations without improvement (n_epochs_to_switch)"
+    if dendrite_args.switch_mode == "fixed":
+        reason = "one is added at the end of a cycle"
+    if not dendrite_args.max_dendrites:
+        reason = "max_dendrites is 0"
+    return f"warning: this run added no dendrite: it had {count(len(rows), 'evaluation')}, and {reason}"
+
+
+def number(value) -> str:
+    """A value as text, whatever a metric returns."""
+    if isinstance(value, float):
+        return f"{value:.4f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def table(rows: list[dict]) -> str:
-    """Rows of numbers as text, a column for each key of the first."""
-
-    def cell(value):
-        return f"{value:.4f}" if isinstance(value, float) else f"{value:,}"
-
-    names = list(rows[0])
-    lines = [names, *([cell(row[name]) if name in row else "" for name in names] for row in rows)]
+    """Rows of numbers as text, with a column for each key."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    lines = [names, *([number(row[name]) if name in row else "" for name in names] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)) for line in lines)
 
 
-def no_dendrite_can_come(dendrite_args: DendriteArguments, args: TrainingArguments, train_dataset) -> str | None:
-    """A warning for settings by which a run is sure to end without a dendrite, where the sizes are known."""
-    steps = args.max_steps
-    if not dendrite_args.doing_pai or dendrite_args.testing_dendrite_capacity or dendrite_args.switch_mode == "fixed":
-        return None
-    if steps <= 0 and hasattr(train_dataset, "__len__"):
-        batches = math.ceil(len(train_dataset) / (args.train_batch_size * args.world_size))
-        steps = math.ceil(math.ceil(batches / args.gradient_accumulation_steps) * args.num_train_epochs)
-    if args.eval_strategy == "steps" and steps > 0:
-        evaluations = int(steps / args.eval_steps if args.eval_steps >= 1 else 1 / args.eval_steps)
-    elif args.eval_strategy == "epoch" and args.max_steps <= 0:
-        evaluations = math.ceil(args.num_train_epochs)
-    else:
-        return None
-    patience = dendrite_args.n_epochs_to_switch
-    needed = patience + 2 if patience else 1  # the first score is the best, and the library waits for one more
-    if evaluations >= needed:
-        return None
-    return (
-        f"warning: no dendrite can be added: {count(evaluations, 'evaluation')} in all, and --n_epochs_to_switch "
-        f"{patience} needs {needed}. Train longer, evaluate more often (--eval_steps) or lower it"
-    )
-
-
-def no_dendrite_came(dendrite_args: DendriteArguments, log_history: list[dict], score_name: str) -> str | None:
-    """A warning for a run that ended without a single dendrite, with the reason."""
-    rows = scores(log_history, score_name)
-    if not dendrite_args.doing_pai or any(row["dendrites"] for row in rows):
-        return None
-    reason = f"one is added after {dendrite_args.n_epochs_to_switch} without a better score (--n_epochs_to_switch)"
-    if dendrite_args.switch_mode == "fixed":
-        reason = "one is added at the end of a cycle"
-    if not dendrite_args.max_dendrites:
-        reason = "--max_dendrites is 0"
-    return f"warning: this run ended without a single dendrite: {count(len(rows), 'evaluation')} in all, and {reason}"
-
-
-def comparison(results: dict) -> str:
-    """How much better the kept model is than the best one without dendrites, in one sentence."""
+def improvement(results: dict) -> str:
+    """The kept model compared with the best one before the first dendrite of the same run, in one sentence."""
     first, kept = results["cycles"][0], results["final"]
+    if len(results["cycles"]) == 1:
+        return "This run added no dendrite."
     if kept["dendrites"] == first["dendrites"]:
-        return "No new dendrite was kept: the model without it had the best validation score."
-    name = unit(results["metric"])
-    parts = [part for part in ("validation", "test") if f"{part}_{name}" in kept]
-    with_dendrites = {part: kept[f"{part}_{name}"] for part in parts}
-    without = {"validation": first["best_validation"], "test": first.get(f"test_{name}")}
-    words = []
-    for part in parts:
-        before, after = without[part], with_dendrites[part]
-        if before is None:
+        return f"No dendrite was kept: none improved {results['metric']} by more than the improvement thresholds."
+    name, words = unit(results["metric"]), []
+    for part, before in (("validation", first["best_validation"]), ("test", first.get(f"test_{name}"))):
+        after = kept.get(f"{part}_{name}")
+        if not _is_finite(before) or not _is_finite(after):
             continue
-        what, shown = f"{part} {name}", "{:.4f}".format
-        if name == "accuracy":  # what is left to gain says more
-            before, after, what, shown = 100 * (1 - before), 100 * (1 - after), f"{part} error", "{:.2f} %".format
-        change = f" ({abs(before - after) / abs(before):.0%} {'less' if after < before else 'more'})" if before else ""
+        what, shown = f"{part} {name}", number
+        if is_error_rate(name, before, after):
+            before, after, what, shown = 100 * (1 - before), 100 * (1 - after), f"{part} error", "{:.2f}%".format
+        word = "lower" if after < before else "higher"
+        change = f" ({abs(after - before) / abs(before):.0%} {word})" if before and after != before else ""
         words.append(f"{what} {shown(before)} -> {shown(after)}{change}")
     before = first["dendrites"] or "none"
-    return f"With {count(kept['dendrites'], 'dendrite')} instead of {before}: {', '.join(words)}."
-
-
-def summary(results: dict, folder: Path) -> str:
-    """The table of the cycles, what is better and by how much, the final scores, and where everything is."""
-    lines = []
-    if results["cycles"]:
-        told = results["control"]["verdict"] if "control" in results else comparison(results)
-        lines += ["", table(results["cycles"]), told]
-    final = dict(results["final"])
-    line = f"final: {count(final.pop('dendrites'), 'dendrite')}, {final.pop('parameters'):,} parameters, "
-    lines.append(line + ", ".join(f"{name} {value:.4f}" for name, value in final.items()))
-    lines.append(
-        f"data: {results['dataset'].get('name', 'not named')}; stopped by {results['stopped_by']} at step "
-        f"{results['global_step']:,}"
+    which = "its first dendrite" if before == "none" else "it added dendrites"
+    dendrites = f"{count(kept['dendrites'], 'dendrite')} instead of {before}"
+    return (
+        f"Compared with the same run before {which}, so with the effect of the longer training: {dendrites}"
+        f"{', '.join(['', *words])}."
     )
+
+
+def summary(results: dict, folder: Path, from_command_line: bool = False) -> str:
+    """The table of cycles, the comparison, the final scores and the paths of all files.
+
+    Args:
+        results (`dict`): What `results.json` holds.
+        folder (`Path`): The folder of the run.
+        from_command_line (`bool`): Whether hints name flags, or what to write in Python.
+
+    Returns:
+        `str`: Several lines.
+    """
+    lines, final = [], dict(results["final"])
+    if results["cycles"]:
+        compared = results["control"]["verdict"] if "control" in results else improvement(results)
+        lines += ["", table(results["cycles"]), compared]
+    words = [count(final.pop("dendrites"), "dendrite"), count(final.pop("parameters"), "parameter")]
+    lines.append(f"final: {', '.join(words + [f'{name} {number(value)}' for name, value in final.items()])}")
+    data = results["dataset"].get("name", "not named")
+    lines.append(f"data: {data}; stopped by {results['stopped_by']} at step {results['global_step']:,}")
     plot = folder / f"{folder.resolve().name}.png"
     lines.append(f"model: {folder}/final   plot: {plot}   results: {folder}/results.json")
     if results["cycles"] and results["final"]["dendrites"] > results["cycles"][0]["dendrites"]:
-        lines.append(f"Dendrites, or only longer training? The same command with --control_of {folder} tells.")
+        how = f"DendriteArguments(control_of={str(folder)!r})"
+        if from_command_line:
+            how = f"--control_of {shlex.quote(str(folder))}"
+        lines.append(f"To see what dendrites add to longer training, run the same training again with {how}")
     if results["testing_dendrite_capacity"]:
         lines.append("This was a test of dendrite capacity, not a training run.")
     return "\n".join(lines)

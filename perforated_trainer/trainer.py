@@ -425,11 +425,11 @@ class PerforatedTrainer(ExportingTrainer):
     # --------------------------------------------------------------------------------------------------- evaluations
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval", **kwargs):
-        """As `Trainer.evaluate`; while training, the test data is evaluated first, for the report."""
+        """As `Trainer.evaluate`; while training, the test data is evaluated afterwards, for the report."""
+        metrics = self._last_metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix, **kwargs)
         if self.is_in_train and eval_dataset is None and self.test_dataset is not None:
             self._evaluate_test(ignore_keys, **kwargs)
-        self._last_metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix, **kwargs)
-        return self._last_metrics
+        return metrics
 
     def _evaluate_test(self, ignore_keys, **kwargs) -> None:
         """Evaluate the test data. Random numbers are those that they would be without it."""
