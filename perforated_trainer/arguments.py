@@ -1,5 +1,6 @@
 """The arguments of dendrites and their validation, and the one type of error."""
 
+import functools
 import json
 import math
 import os
@@ -220,9 +221,29 @@ def run_name(training_args: TrainingArguments) -> str:
     return Path(training_args.output_dir).resolve().name
 
 
-def from_command_line(training_args: TrainingArguments) -> bool:
+def from_command_line(training_args: TrainingArguments | None) -> bool:
     """Whether the arguments were parsed by `parse_arguments`: messages then name flags, else the Python call."""
     return getattr(training_args, "from_command_line", False)
+
+
+def in_python(message: str) -> str:
+    """A message without the dashes of flags: `--max_dendrites` is the argument `max_dendrites`."""
+    return re.sub(r"(?<![\w-])--(?=[a-z]\w+)", "", message)
+
+
+def plain_hints(method):
+    """Decorator for a method of a trainer: its errors name flags only if there is a command line that has them."""
+
+    @functools.wraps(method)
+    def wrapper(self, *args, **kwargs):
+        try:
+            return method(self, *args, **kwargs)
+        except PerforatedError as error:
+            if from_command_line(getattr(self, "args", None)) or (plain := in_python(str(error))) == str(error):
+                raise
+            raise PerforatedError(plain, error.exit_status) from error.__cause__
+
+    return wrapper
 
 
 def is_resumed(resume_from_checkpoint: str | bool | None) -> bool:

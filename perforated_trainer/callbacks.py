@@ -17,7 +17,6 @@ from transformers.trainer_utils import IntervalStrategy
 from . import checkpoint, plot, report
 from .arguments import PerforatedError, run_name
 
-
 PERFORATEDAI = "perforatedai"  # folder of the graphs and tables of perforatedai
 
 
@@ -137,7 +136,11 @@ class PlotCallback(TrainerCallback):
                     (folder / PERFORATEDAI).mkdir(exist_ok=True)
                     with checkpoint.replacing(folder / PERFORATEDAI / file.name) as temporary:
                         shutil.copyfile(file, temporary)
-                plot.draw(state.log_history, trainer.score_name, args.greater_is_better, path)
+                kept = None if trainer.stopped_by is None else trainer.num_dendrites
+                greater = args.greater_is_better
+                plot.draw(
+                    state.log_history, trainer.score_name, greater, path, kept_dendrites=kept, cycles=trainer.cycles()
+                )
             except OSError as error:  # a full disk, for example; the training needs no plot
                 say(f"warning: {path} cannot be drawn: {error}")
         self.drawn = time.monotonic()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 from torch import nn
-from transformers import EvalPrediction, Trainer
+from transformers import DefaultFlowCallback, EvalPrediction, Trainer
 from transformers.trainer_callback import CallbackHandler
 from transformers.utils import logging
 
@@ -121,10 +121,13 @@ def _interval(trainer, name, part, data, folder, load) -> tuple[list[float], int
         raise _NoInterval("the metric has no values for single examples")
     if trainer.args.batch_eval_metrics:
         raise _NoInterval("the metric is summed up over batches (batch_eval_metrics)")
-    model = _load(load or type(trainer.model).from_pretrained, folder)
+    model = _load(load or (lambda path: type(trainer.model).from_pretrained(path)), folder)
     baseline = _predictions(trainer, data, part)
-    with _other_model(trainer, model):
-        candidate = _predictions(trainer, data, part)
+    try:
+        with _other_model(trainer, model):
+            candidate = _predictions(trainer, data, part)
+    except Exception as error:  # out of memory, for example; the results of the baseline must not be lost
+        raise _NoInterval(f"the model of the run cannot be evaluated ({_one_line(error)})") from None
     if baseline is None or candidate is None or _count(baseline) != _count(candidate):
         raise _NoInterval("the two models have no predictions to compare")
 
@@ -151,11 +154,14 @@ def _load(load: Callable[[Path], nn.Module], folder: Path) -> nn.Module:
     try:
         return load(folder / MODEL)
     except Exception as error:  # of a custom class, too; the scores are known without it
-        line = " ".join(f"{error}".split())[:200] or type(error).__name__
-        raise _NoInterval(f"the model of the run in {folder / MODEL} cannot be loaded ({line})") from None
+        raise _NoInterval(f"the model of the run in {folder / MODEL} cannot be loaded ({_one_line(error)})") from None
     finally:
         if bars:
             logging.enable_progress_bar()
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _predictions(trainer, data, part: str) -> EvalPrediction | None:
@@ -167,7 +173,8 @@ def _predictions(trainer, data, part: str) -> EvalPrediction | None:
         return {}
 
     # No callback is told of it: this is no evaluation of the run.
-    handler = CallbackHandler([], trainer.model, trainer.processing_class, trainer.optimizer, trainer.lr_scheduler)
+    flow = [DefaultFlowCallback()]  # without it the handler warns
+    handler = CallbackHandler(flow, trainer.model, trainer.processing_class, trainer.optimizer, trainer.lr_scheduler)
     trainer.compute_metrics, trainer.callback_handler = keep, handler
     try:
         trainer.predict(data, metric_key_prefix=part)

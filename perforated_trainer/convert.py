@@ -1,7 +1,6 @@
 """Which modules of a network get dendrites, and why others do not. Nothing on disk is touched."""
 
 import itertools
-import re
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -88,7 +87,9 @@ def plan_dendrites(model: nn.Module, dendrite_args: DendriteArguments, training_
         PerforatedError: For arguments that cannot work with this model.
     """
     args = dendrite_args
-    if not isinstance(model, nn.Module) or any(map(_compat.has_adapters, outermost_models(model))):
+    if not isinstance(model, nn.Module):
+        raise PerforatedError(f"dendrites are for a torch.nn.Module, not a {type(model).__name__}")
+    if any(map(_compat.has_adapters, [model, *outermost_models(model)])):
         raise PerforatedError(
             f"{type(model).__name__}: save_pretrained would write the adapters of peft alone. Merge them before, model = "
             "model.merge_and_unload(), or give them dendrites too: insert them with peft.inject_adapter_in_model in the "
@@ -130,8 +131,7 @@ def _check_quantization_mark(model: nn.Module) -> None:
             and not getattr(part, "is_quantized", False)
         ):
             method = mark.get("quant_method") if isinstance(mark, dict) else getattr(mark, "quant_method", None)
-            if method == loading.METHOD:  # of a config that was loaded from a folder with dendrites
-                del part.config.quantization_config
+            if method == loading.METHOD:  # of a config that was loaded from a folder with dendrites; it is not saved
                 continue
             raise PerforatedError(
                 f"the config of {type(part).__name__} has a quantization_config ({method}), but its weights are not "

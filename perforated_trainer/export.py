@@ -13,10 +13,10 @@ from transformers import PreTrainedModel, Trainer, TrainerState
 from transformers.utils import logging
 
 from . import checkpoint, layers, loading, model_card, plot, report, run_dir
-from .arguments import PerforatedError, from_command_line, run_name
+from .arguments import PerforatedError, from_command_line, plain_hints, run_name
 from .callbacks import say
-
-from .remote_code import ModelCode
+from .layers import base_class
+from .remote_code import ModelCode, auto_classes
 
 
 @contextlib.contextmanager
@@ -32,7 +32,7 @@ def disk_errors(what, run: Path):
         kept = ""
         with contextlib.suppress(PerforatedError, OSError):
             if checkpoint.complete_checkpoints(run):
-                kept = ". Earlier checkpoints are complete: resume with --resume_from_checkpoint true"
+                kept = ". Earlier checkpoints are complete: resume from them (resume_from_checkpoint)"
         raise PerforatedError(f"{what} cannot be written: {error}{kept}", exit_status=1) from error
 
 
@@ -56,7 +56,7 @@ class ExportingTrainer(Trainer):
         try:
             if isinstance(self.model, PreTrainedModel):
                 self.model.save_pretrained(folder, state_dict=_without_aliases(self.model), save_original_format=False)
-                self.code.save(folder, self.model)
+                self.has_code = self.code.save(folder, self.model)
             elif hasattr(self.model, "save_pretrained"):  # of another library
                 self.model.save_pretrained(str(folder))
                 if folder.name.startswith("checkpoint-"):
@@ -72,8 +72,11 @@ class ExportingTrainer(Trainer):
 
     def cycles(self) -> list[dict]:
         """For each number of dendrites: parameters, the best validation score, its step and the other scores there."""
-        return report.cycles(self.state.log_history, self.score_name, self.args.greater_is_better)
+        lookback = self.dendrite_args.history_lookback
+        history, greater = self.state.log_history, self.args.greater_is_better
+        return report.cycles(history, self.score_name, greater, lookback, self.restarts)
 
+    @plain_hints
     def save_results(self, dataset: dict | None = None) -> dict:
         """Write `final/` (the model and a card) and `results.json`, each whole or not at all; print and return them.
 
@@ -147,9 +150,17 @@ class ExportingTrainer(Trainer):
         steps = checkpoint.complete_checkpoints(run)
         if steps and checkpoint.step_of(steps[-1]) == self.growth.last_step:
             history = TrainerState.load_from_json(str(steps[-1] / "trainer_state.json")).log_history
-            path, without = run_dir.plot_path(run), self.results["control"]["without"]
+            path, results = run_dir.plot_path(run), self.growth.results
             with disk_errors(path, run):
-                plot.draw(history, self.score_name, self.args.greater_is_better, path, without)
+                plot.draw(
+                    history,
+                    self.score_name,
+                    self.args.greater_is_better,
+                    path,
+                    without=self.results["control"]["without"],
+                    kept_dendrites=results["final"]["dendrites"],
+                    cycles=results["cycles"],
+                )
 
     # ------------------------------------------------------------------------------------------------------ model card
 
@@ -171,6 +182,8 @@ class ExportingTrainer(Trainer):
                 path=self.hub_model_id or (run / run_dir.FINAL).as_posix(),
                 mask=getattr(processor, "mask_token", None),
                 layers=numbers,
+                auto_class=min(auto_classes(base_class(self.model), type(self.model.config)), key=_is_for_pretraining),
+                has_code=getattr(self, "has_code", False),
             )
             given = inspect.signature(Trainer.create_model_card).bind(self, *args, **kwargs).arguments
             known = inspect.signature(model_card.add_metadata).parameters
@@ -211,6 +224,10 @@ class ExportingTrainer(Trainer):
 
     def _push_from_checkpoint(self, checkpoint_folder):
         """Nothing while training: the Trainer would upload the run folder; `push_to_hub` uploads the final model."""
+
+
+def _is_for_pretraining(auto_class: str) -> bool:
+    return auto_class == "AutoModelForPreTraining"
 
 
 def _without_aliases(model: PreTrainedModel) -> dict:

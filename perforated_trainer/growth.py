@@ -43,6 +43,7 @@ class Growth:
     ):
         self.model, self.args, self.plan = model, args, plan
         self._metric, self._greater_is_better = metric, greater_is_better
+        self._dimensions: dict[str, list[int]] = {}
         before = convert.num_dendrites_of(model)
         initial = max(args.num_initial_dendrites - before, 0) if args.doing_pai else 0
         self.library = self._library()
@@ -65,7 +66,6 @@ class Growth:
         self._best_numbers: dict[str, int] = {}
         self._best_step: int | None = None
         self._best_is_here = False  # whether the network has the best weights now
-        self._dimensions: dict[str, list[int]] = {}
         # Layers that no training step has used so far; those of a frozen base get no gradient that would tell.
         self.unused = set() if args.freeze_base else {n for n in plan.names if self._parameters(n)}
 
@@ -170,7 +170,7 @@ class Growth:
         if self.library and (math.isfinite(score) or decision is not Decision.CONTINUE):
             known = score if math.isfinite(score) else self.policy.best_score
             if known is not None:
-                arguments = known, decision, outcome.is_best, extra, test, learning_rate, self.num_parameters
+                arguments = known, decision, extra, test, learning_rate, self.num_parameters
                 if self.library.add_score(*arguments) != (decision is Decision.COMPLETE):
                     raise RuntimeError(f"perforatedai and the policy disagree about {decision}")
         if decision in (Decision.ADD, Decision.RETRY):

@@ -151,20 +151,119 @@ class _LowRank(_Layer):
     The layer itself is called as it is, so it may be of another class, such as a quantized one.
     """
 
-    def _sums(self, output, input):
-        number, base = self.num_dendrites, self._dendrite_kind
-        x = input.to(self.dendrite_down.dtype) if not torch.is_autocast_enabled(input.device.type) else input
-        if base in _CONVOLVE:
-            convolve = _CONVOLVE[base]
-            hidden = convolve(x, self.dendrite_down, None, self.stride, self.padding, self.dilation)
-        else:
-            convolve, hidden = F.linear, F.linear(x, self.dendrite_down)
-        hidden, ones = _parts(hidden, number, self.dendrite_dim), (1,) * (-1 - self.dendrite_dim)
-        ups, biases = self.dendrite_up.unbind(), self.dendrite_bias.unbind()
-        return [
-            convolve(part, up.view(*up.shape, *ones), bias).to(output.dtype)
-            for part, up, bias in zip(hidden, ups, biases)  # noqa: B905
-        ]
+    def forward(self, *args, **kwargs):
+        output = super(_Layer, self).forward(*args, **kwargs)
+        x = args[0] if args else next(iter(kwargs.values()))
+        if not torch.is_autocast_enabled(x.device.type):
+            x = x.to(self.dendrite_down.dtype)
+        activation, between = ACTIVATIONS[self.dendrite_activation], self.dendrite_to_dendrite
+        if (base := self._dendrite_kind) in _CONVOLVE:
+            hidden = _CONVOLVE[base](x, self.dendrite_down, None, self.stride, self.padding, self.dilation)
+            sums = _second_factors(hidden, self.dendrite_up, self.dendrite_bias, output.dtype, self.dendrite_dim)
+            return _combine(output, sums, between, self.dendrite_to_output, activation, self.dendrite_dim)
+        # Transposed, (n r, rows): all products with thin matrices, those of the backward pass too, are then fast ones.
+        hidden = torch.mm(self.dendrite_down, x.reshape(-1, x.shape[-1]).t())
+        own = self.dendrite_up, self.dendrite_bias, between, self.dendrite_to_output
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or hidden.dtype != output.dtype:
+            rows = output.reshape(-1, output.shape[-1])
+            return _add_low_rank(rows, hidden, *own, activation).view(output.shape)
+        own = (value.to(output.dtype) for value in own)
+        return _Recomputed.apply(activation, output, hidden, *own)
+
+
+def _second_factors(hidden, up, bias, dtype, dim):
+    """The sums of dendrites of low rank from the products with all first factors."""
+    ones = (1,) * (-1 - dim)
+    convolve = (F.conv1d, F.conv2d, F.conv3d)[len(ones) - 1]
+    parts = zip(_parts(hidden, len(up), dim), up.transpose(1, 2).unbind(), bias.unbind())  # noqa: B905
+    return [convolve(part, up.reshape(*up.shape, *ones), bias).to(dtype) for part, up, bias in parts]
+
+
+def _add_low_rank(output, hidden, up, bias, between, to_output, activation):
+    """The formula for rows of neurons, `hidden` transposed."""
+    parts = zip(_parts(hidden, len(up), 0), up.unbind(), bias.unbind())  # noqa: B905 - torch.compile; equal lengths
+    sums = [torch.addmm(bias, part.t(), up).to(output.dtype) for part, up, bias in parts]
+    return _combine(output, sums, between, to_output, activation, -1)
+
+
+_BLOCK = 2**16  # numbers that a CPU's cache holds several times
+
+
+def _blocks(rows):
+    step = max(1, _BLOCK // rows.shape[1]) if rows.device.type == "cpu" else max(1, len(rows))
+    return [slice(start, start + step) for start in range(0, len(rows), step)]
+
+
+def _values(hidden, ups, biases, between, activation, differentiable=False):
+    """The sums and the values of the dendrites, one tensor each."""
+    sums, dendrites = [], []
+    for i, (part, up, bias) in enumerate(zip(hidden, ups, biases)):  # noqa: B905
+        total = torch.addmm(bias, part.t(), up)
+        for weight, dendrite in zip(between[i], dendrites):  # noqa: B905
+            total.addcmul_(weight, dendrite)
+        if differentiable:
+            with torch.enable_grad():
+                sums.append(total.requires_grad_())
+                dendrites.append(activation(total))
+                continue
+        dendrites.append(activation(total))
+    return (sums, dendrites) if differentiable else dendrites
+
+
+class _Recomputed(torch.autograd.Function):
+    """`_add_low_rank`, which keeps nothing of the layer's size for the backward pass: it is computed again, and on a CPU
+    in blocks that its cache holds. What is kept of a dendrite otherwise is as much as the layer's output."""
+
+    @staticmethod
+    def forward(ctx, activation, output, hidden, up, bias, between, to_output):
+        ctx.activation = activation
+        ctx.save_for_backward(hidden, up, bias, between, to_output)
+        rows = output.reshape(-1, output.shape[-1])
+        result, factors = torch.empty_like(rows), to_output.unbind()
+        between = [part.unbind() for part in between.split(tuple(range(len(up))))]
+        hidden = hidden.unflatten(0, (len(up), -1))
+        with torch.autocast(output.device.type, enabled=False):
+            for block in _blocks(rows):
+                target, before = result[block], rows[block]
+                parts = hidden[:, :, block].unbind()
+                for factor, value in zip(factors, _values(parts, up.unbind(), bias.unbind(), between, activation)):  # noqa: B905
+                    before = torch.addcmul(before, factor, value, out=target)
+        return result.view(output.shape)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        hidden, up, bias, between, to_output = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a gradient of gradients is asked for
+            inputs = ctx.saved_tensors
+            rows = gradient.reshape(-1, gradient.shape[-1])
+            added = _add_low_rank(torch.zeros_like(rows), *inputs, ctx.activation)
+            found = torch.autograd.grad(added, inputs, rows, create_graph=True, allow_unused=True)
+            return None, gradient, *found
+        rows, number = gradient.reshape(-1, gradient.shape[-1]), len(up)
+        factors, ups, biases = to_output.unbind(), up.unbind(), bias.unbind()
+        pairs = [part.unbind() for part in between.split(tuple(range(number)))]
+        exact = torch.promote_types(rows.dtype, torch.float32)  # for sums over blocks
+        of = [torch.zeros(value.shape, dtype=exact, device=rows.device) for value in (up, bias, between, to_output)]
+        of_up, of_bias, of_between, of_output = (value.unbind() for value in of)
+        of_hidden = torch.empty_like(hidden)
+        hidden, targets = hidden.unflatten(0, (number, -1)), of_hidden.unflatten(0, (number, -1))
+        with torch.autocast(rows.device.type, enabled=False):
+            for block in _blocks(rows):
+                above, parts = rows[block], hidden[:, :, block].unbind()
+                sums, values = _values(parts, ups, biases, pairs, ctx.activation, differentiable=True)
+                details = [value.detach() for value in values]
+                of_values = [above * factor for factor in factors]
+                for i in reversed(range(number)):
+                    of_output[i].add_((above * details[i]).sum(0, dtype=exact))
+                    of_sum = torch.autograd.grad(values[i], sums[i], of_values[i])[0]
+                    first = i * (i - 1) // 2
+                    for j in range(i):
+                        of_values[j].addcmul_(pairs[i][j], of_sum)
+                        of_between[first + j].add_((of_sum * details[j]).sum(0, dtype=exact))
+                    of_up[i].add_(parts[i] @ of_sum)
+                    of_bias[i].add_(of_sum.sum(0, dtype=exact))
+                    targets[i, :, block] = ups[i] @ of_sum.t()
+        return None, gradient, of_hidden, *(value.to(rows.dtype) for value in of)
 
 
 class _Module(_Layer):
@@ -289,7 +388,7 @@ def _shapes(module, number, neurons, rank):
         else:
             inputs = (module.nx,) if kind is Conv1D else (module.in_features,)
         shapes["dendrite_down"] = (number * rank, *inputs), 0
-        shapes["dendrite_up"] = (number, neurons, rank), 0
+        shapes["dendrite_up"] = (number, rank, neurons), 0
         shapes["dendrite_bias"] = (number, neurons), 0
     elif can_fuse(module):
         axis, shape = _AXES[base][1], list(module.weight.shape)
@@ -312,7 +411,7 @@ def add_dendrites(
 
     Args:
         module (`nn.Module`): Its own parameters keep their names. With `rank` it gets `dendrite_down` (the A of all),
-            `dendrite_up` (n, neurons, rank) and `dendrite_bias` (n, neurons); else, if `can_fuse`, `dendrite_weight`
+            `dendrite_up` (n, rank, neurons) and `dendrite_bias` (n, neurons); else, if `can_fuse`, `dendrite_weight`
             and `dendrite_bias`, those of all dendrites along the dimension of the neurons; else `dendrites`, copies of
             it. All get `dendrite_to_dendrite` (n (n - 1) / 2, neurons), the c_ij row by row, and `dendrite_to_output`
             (n, neurons).
@@ -365,7 +464,9 @@ def add_dendrites(
 
 def plain_copy(module: nn.Module) -> nn.Module:
     """A copy of a module without a user's hooks; those by which torch computes a weight stay."""
-    duplicate = copy.deepcopy(module)
+    # A weight that an old hook of torch has computed is no leaf, which deepcopy refuses.
+    computed = (value for part in module.modules() for value in vars(part).values() if isinstance(value, torch.Tensor))
+    duplicate = copy.deepcopy(module, {id(value): value.detach().clone() for value in computed if not value.is_leaf})
     for part in duplicate.modules():
         for hooks in (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks):
             for key, hook in list(hooks.items()):

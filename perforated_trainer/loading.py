@@ -6,6 +6,8 @@ class receives a model before its weights are loaded. A copy of it is saved next
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import os
 import re
@@ -157,6 +159,9 @@ class DendriteQuantizer(HfQuantizer):
                 raise ValueError(f"{name} was saved with shape {tuple(value.shape)}, {self._shapes[name]} is needed")
         if hasattr(model.config, "transformers_weights"):
             del model.config.transformers_weights  # this folder's alone, another one loaded with the config has its own
+        for value in (*model.parameters(), *model.buffers()):  # the CPU rounds products by where their factors are
+            if value.device.type == "cpu" and value.data_ptr() % 64:  # in a mapped file; else as torch allocates
+                value.data = value.data.clone()
         return make_dendritic(model)
 
     def is_serializable(self):
@@ -346,8 +351,7 @@ class _Model(_Reduced):
         names = "repo_id", "commit_message", "create_pr", "private", "revision", "token"
         hub = {name: kwargs.pop(name) for name in names if name in kwargs}
         folder, writes = Path(save_directory), kwargs.get("is_main_process", args[0] if args else True)
-        self.config.quantization_config = dendrite_config(self)
-        try:
+        with _config_with(self, dendrite_config(self)):
             # The names in the file are those of the modules, so that they can be checked before they are loaded.
             kwargs |= {"variant": VARIANT, "save_original_format": False}
             super().save_pretrained(save_directory, *args, **kwargs)
@@ -362,11 +366,50 @@ class _Model(_Reduced):
                     (folder / name).unlink(missing_ok=True)
                 if f"{CODE}." in str(getattr(self.config, "auto_map", "")):  # its own code goes with it
                     write_code(folder)
-        finally:
-            del self.config.quantization_config
         if push_to_hub:  # only now are all files as they should be
             shards = {"max_shard_size": kwargs["max_shard_size"]} if "max_shard_size" in kwargs else {}
             self.push_to_hub(hub.pop("repo_id", folder.name), **shards, **hub)
+
+
+@contextlib.contextmanager
+def _config_with(model: nn.Module, mark: DendriteConfig | None):
+    """For a `with` block, the config of a model has this `quantization_config`, or none."""
+    values = vars(model.config)  # several models may share it
+    before = values.pop("quantization_config", None)
+    if mark is not None:
+        values["quantization_config"] = mark
+    try:
+        yield
+    finally:
+        values.pop("quantization_config", None)
+        if before is not None:
+            values["quantization_config"] = before
+
+
+def _patch_save_pretrained():
+    """Let any model of transformers be saved with the dendrites that it has.
+
+    Library: transformers 5.5 to 5.24, `PreTrainedModel.save_pretrained`. Why: the body of a model with dendrites may be
+    saved by itself; and `from_config` makes a model without dendrites from the config of a folder with dendrites, which
+    must not be saved with it. Can go when models are built by what a config says of their layers.
+    """
+    stock = transformers.PreTrainedModel.save_pretrained
+    if getattr(stock, "knows_dendrites", False):
+        return
+
+    @functools.wraps(stock)
+    def save_pretrained(self, *args, **kwargs):
+        has_dendrites = bool(layers_with_dendrites(self))
+        if has_dendrites and not hasattr(type(self), "dendrite_base"):
+            return make_dendritic(self).save_pretrained(*args, **kwargs)
+        mark = getattr(self.config, "quantization_config", None)
+        method = mark.get("quant_method") if isinstance(mark, dict) else getattr(mark, "quant_method", None)
+        is_stale = method == METHOD and not has_dendrites
+        with _config_with(self, None) if is_stale else contextlib.nullcontext():
+            return stock(self, *args, **kwargs)
+
+    save_pretrained.knows_dendrites = True
+    transformers.PreTrainedModel.save_pretrained = save_pretrained
 
 
 def code_of_dendrites() -> dict[str, str]:
@@ -422,3 +465,4 @@ def _register():
 
 DendriteQuantizer.format = FORMAT
 _register()
+_patch_save_pretrained()

@@ -1,12 +1,13 @@
-"""The model card: the README.md that lies beside a model."""
+"""The model card: the README.md next to a model."""
 
+import json
 import re
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .report import count, unit
+from .report import count, number, unit
 
-TASKS = {  # the end of a model's class name: the pipeline that it is for, its Auto class, and what the pipeline reads
+TASKS = {  # the end of a model's class name: its pipeline, its Auto class, and an example input of the pipeline
     "ForImageClassification": ("image-classification", "AutoModelForImageClassification", "picture.png"),
     "ForMaskedLM": ("fill-mask", "AutoModelForMaskedLM", "Some text with one [MASK]."),
     "ForSequenceClassification": ("text-classification", "AutoModelForSequenceClassification", "Some text."),
@@ -17,10 +18,19 @@ TASKS = {  # the end of a model's class name: the pipeline that it is for, its A
 
 
 def add_metadata(card: str, language=None, license=None, tags=(), finetuned_from=None, dataset=None) -> str:
-    """The card with what `Trainer.create_model_card` is told of a model; each is a text, some may be a list."""
+    """The card with the metadata that `Trainer.create_model_card` receives.
+
+    Args:
+        card (`str`): A value of `model_card`.
+        language, license, finetuned_from (`str`, *optional*): As in `Trainer.create_model_card`.
+        tags, dataset (`str` or `list[str]`, *optional*): As in `Trainer.create_model_card`.
+
+    Returns:
+        `str`: The changed card.
+    """
     card = ModelCard(card)
     tags = [tags] if isinstance(tags, str) else tags or ()
-    card.data.tags = list(dict.fromkeys([*card.data.tags, *tags]))
+    card.data.tags = list(dict.fromkeys([*(card.data.tags or ()), *tags])) or None
     given = {"language": language, "license": license, "base_model": finetuned_from}
     for name, value in given.items():
         if value is not None:
@@ -31,83 +41,133 @@ def add_metadata(card: str, language=None, license=None, tags=(), finetuned_from
 
 
 def model_card(
-    results: dict, name: str, model_class: str, processor: bool, custom_code: bool, path: str, mask: str | None = None
+    results: dict,
+    name: str,
+    model_class: str,
+    processor: bool,
+    custom_code: bool,
+    path: str,
+    mask: str | None = None,
+    layers: dict[str, int] | None = None,
+    auto_class: str | None = None,
+    has_code: bool = True,
 ) -> str:
-    """The README.md of the model: metadata with the scores, and the lines that load it, ready to copy.
+    """The README.md of a model: metadata with the scores, and the lines that load it, ready to copy.
 
     Args:
-        results: what `results.json` holds.
-        name: of the model on the Hub.
-        model_class: the class of the model, such as "BertForMaskedLM".
-        processor: whether an image processor or a tokenizer lies beside the model.
-        custom_code: whether the model's class is not one of transformers'.
-        path: what `from_pretrained` gets: the model's folder, or its name on the Hub with the user's.
-        mask: the tokenizer's word for a hidden token.
+        results (`dict`): What `results.json` holds.
+        name (`str`): Name of the model on the Hub.
+        model_class (`str`): Name of the model's class, such as "BertForMaskedLM".
+        processor (`bool`): Whether an image processor or a tokenizer is saved with the model.
+        custom_code (`bool`): Whether the model's class is not one of transformers.
+        path (`str`): Argument of `from_pretrained`: the model's folder, or its name on the Hub with the user's.
+        mask (`str`, *optional*): The mask token of the tokenizer.
+        layers (`dict[str, int]`, *optional*): Number of dendrites of each layer that has some, by its name.
+        auto_class (`str`, *optional*): The Auto class in the model's `config.json`. By default that of the task.
+        has_code (`bool`): Whether all code that the model needs is saved with it.
+
+    Returns:
+        `str`: The text, with YAML front matter.
     """
+    layers, final = layers or {}, results["final"]
     end = next((end for end in TASKS if model_class.endswith(end)), None)
-    task, auto, example = TASKS.get(end, (None, None if custom_code else model_class, None))
-    auto = auto or "AutoModel"
-    data, final = results["dataset"].get("name", "not named"), results["final"]
-    without = results["cycles"][0]["parameters"] if results["cycles"] else final["parameters"]
+    stock = not layers and not custom_code  # a model of transformers like any other
+    task, auto, example = TASKS.get(end, (None, auto_class or (model_class if stock else "AutoModel"), ""))
+    data = results["dataset"].get("name")
     scores = {key: value for key, value in final.items() if key not in ("dendrites", "parameters")}
+    first = results["cycles"][0] if results["cycles"] else final
+    without = first["parameters"] if layers and not first["dendrites"] else None
     metadata = ModelCardData(
         library_name="transformers",
         pipeline_tag=task,
-        tags=["perforated-ai", "dendrites"],
-        datasets=[data] if re.fullmatch(r"[\w.-]+/[\w.-]+", data) else None,  # its name on the Hub
+        tags=["perforated-ai", "dendrites"] if layers else None,
+        datasets=[data] if re.fullmatch(r"[\w.-]+/[\w.-]+", data or "") else None,  # its name on the Hub
         model_name=name,
-        eval_results=_eval_results(scores, final, without, task or "other", data) or None,
+        eval_results=_eval_results(scores, final, without, bool(layers), task or "other", data or "not named") or None,
     )
-    loads = f'from transformers import {auto}\n\nmodel = {auto}.from_pretrained("{path}"'
-    if task and processor:
-        example = example.replace("[MASK]", mask or "[MASK]")
-        uses = f'from transformers import pipeline\n\nmodel = pipeline("{task}", model="{path}"'
-        shows = f')\nprint(model("{example}"))'
-    else:
-        uses, shows = loads, ")"
-    alone = uses + ", trust_remote_code=True" + shows
-    shown = "\n".join(f"| {key.replace('_', ' ')} | {value:.4f} |" for key, value in scores.items())
     card = f"""---
 {metadata.to_yaml()}
 ---
-# {name}
+# {_one_line(name)}
 
-A `{model_class}` with {count(final["dendrites"], "dendrite")} in each layer that can have some, trained with Perforated
-AI's dendrites. {final["parameters"]:,} parameters; {without:,} without dendrites. Trained on: {data}.
-
-| score | value |
-| --- | --- |
-{shown}
-
-## How to use it
-
-With PyTorch and transformers alone. The code for the dendrites lies beside the weights:
-
-```python
-{alone}
-```
+{_description(model_class, layers, final["parameters"], without, data)}
 """
-    if not custom_code:
-        card += f"""
-With the package `perforated_trainer`, which needs no `trust_remote_code`:
+    if scores:
+        rows = [(key.replace("_", " "), number(value)) for key, value in scores.items()]
+        card += "\n" + "".join(
+            f"| {_cell(key)} | {_cell(value)} |\n" for key, value in [("score", "value"), ("---", "---"), *rows]
+        )
+    card += "\n## How to use it\n"
 
-```python
-import perforated_trainer  # its import teaches transformers to load dendrites
-{uses + shows}
-```
-"""
-    if uses is not loads:
-        card += f"""
-The network itself:
+    def loads(trust=""):
+        return [f"from transformers import {auto}", "", f"model = {auto}.from_pretrained({_quoted(path)}{trust})"]
 
-```python
-{loads}, trust_remote_code=True)
-```
-"""
+    def uses(trust=""):
+        if not (task and processor):
+            return loads(trust)
+        call = f'model = pipeline("{task}", model={_quoted(path)}{trust})'
+        shows = f"print(model({_quoted(example.replace('[MASK]', mask or '[MASK]'))}))"
+        return ["from transformers import pipeline", "", call, shows]
+
+    package, trust = "import perforated_trainer  # lets transformers load dendrites", ", trust_remote_code=True"
+    if not has_code:
+        card += f"\nThe code of `{model_class}` is not saved with the model. In a program that defines it:\n"
+        lines = [f"model = {model_class}.from_pretrained({_quoted(path)})"]
+        card += _block([package, "", *lines] if layers else lines)
+    elif stock:
+        card += _block(uses())
+    else:
+        of = "dendrites" if not custom_code else "model and its dendrites" if layers else "model"
+        card += f"\nWith PyTorch and transformers alone. The code of the {of} is saved next to the weights:\n"
+        card += _block(uses(trust))
+        if not custom_code:
+            card += "\nWith the package `perforated_trainer`, which needs no `trust_remote_code`:\n"
+            card += _block([package, *uses()])
+    if has_code and task and processor:
+        card += "\nThe network itself:\n" + _block(loads("" if stock else trust))
+    if layers:
+        card += (
+            "\nIf transformers prints `Unknown quantization type, got dendrites`, it was loaded in another way.\n"
+            "Do not delete `quantization_config` from `config.json`, as it then proposes: it describes the dendrites.\n"
+        )
     return card
 
 
-def _eval_results(scores: dict, final: dict, without: int, task: str, data: str) -> list[EvalResult]:
+def _description(
+    model_class: str, layers: dict[str, int], parameters: int, without: int | None, data: str | None
+) -> str:
+    """What the model is, in one paragraph."""
+    words = f"A `{model_class}`"
+    if layers:
+        least, most = min(layers.values()), max(layers.values())
+        dendrites = count(most, "dendrite") if least == most else f"{least} to {most} dendrites"
+        kinds = dict.fromkeys(re.sub(r"(\.\d+)+$", "", name).rpartition(".")[2] for name in layers)
+        shown = f" ({', '.join(f'`{kind}`' for kind in kinds)})" if len(kinds) <= 8 and all(kinds) else ""
+        words += f" with {dendrites} in {'each of ' if len(layers) > 1 else ''}{count(len(layers), 'layer')}{shown}, "
+        words += "trained with Perforated AI's dendrites"
+    words += f". {parameters:,} parameters"
+    words += f"; {without:,} without dendrites." if without else "."
+    return words + (f" Trained on: {_one_line(data)}." if data else "")
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _cell(text: str) -> str:
+    return _one_line(text).replace("\\", "\\\\").replace("|", "\\|")
+
+
+def _quoted(text: str) -> str:
+    """A text as a literal of Python."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _block(lines: list[str]) -> str:
+    return "\n".join(["", "```python", *lines, "```", ""])
+
+
+def _eval_results(scores, final, without, has_dendrites, task, data) -> list[EvalResult]:
     """The scores for `model-index`. Dendrites and parameters are metrics of the last part of the data, the test's."""
 
     def result(split, kind, value, name):
@@ -115,11 +175,10 @@ def _eval_results(scores: dict, final: dict, without: int, task: str, data: str)
         return EvalResult(task, kind_of_data, data, kind, value, dataset_split=split, metric_name=name)
 
     results = [result(key.split("_")[0], unit(key), value, key.replace("_", " ")) for key, value in scores.items()]
-    if results:
+    if results and has_dendrites:
         split = results[-1].dataset_split
-        results += [
-            result(split, "dendrites", final["dendrites"], "dendrites of a layer"),
-            result(split, "parameters", final["parameters"], "parameters"),
-            result(split, "parameters", without, "parameters without dendrites"),
-        ]
+        results.append(result(split, "dendrites", final["dendrites"], "dendrites of a layer"))
+        results.append(result(split, "parameters", final["parameters"], "parameters"))
+        if without:
+            results.append(result(split, "parameters", without, "parameters without dendrites"))
     return results

@@ -12,6 +12,7 @@ import copy
 import io
 import math
 import pdb
+import re
 import sys
 import tempfile
 import time
@@ -22,6 +23,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from torch import nn
 from transformers.utils import logging
 
@@ -124,7 +126,7 @@ class PAITracker:
             "history_lookback": args.history_lookback,
             "improvement_threshold": threshold[0] if len(threshold) == 1 else list(threshold),
             "improvement_threshold_raw": args.improvement_threshold_raw,
-            "library_validation_score": self._metric,
+            "library_validation_score": _plain(self._metric),
             "output_dimensions": [-1, 0, -1, -1],
             "module_ids_to_perforate": [".layer"],
             "module_names_to_perforate": [],
@@ -176,8 +178,8 @@ class PAITracker:
         if rank := getattr(layer, "dendrite_rank", None):
             down = torch.empty(rank, *layer.dendrite_down.shape[1:])
             nn.init.kaiming_uniform_(down, a=math.sqrt(5))  # as the A of LoRA in peft
-            up = self._made_by_library(nn.Linear(rank, layer.dendrite_up.shape[1], bias=False))["weight"]
-            return {"down": down, "up": up, "bias": torch.zeros(up.shape[0])}
+            up = self._made_by_library(nn.Linear(rank, layer.dendrite_up.shape[2], bias=False))["weight"]
+            return {"down": down, "up": up.t(), "bias": torch.zeros(up.shape[0])}
         return self._made_by_library(stand_in(layer))
 
     def _made_by_library(self, stand_in: nn.Module) -> dict[str, torch.Tensor]:
@@ -194,7 +196,6 @@ class PAITracker:
         self,
         score: float,
         decision: Decision,
-        is_best: bool,
         extra: dict[str, float] | None = None,
         test: dict[str, float] | None = None,
         learning_rate: float = 0.0,
@@ -205,7 +206,6 @@ class PAITracker:
         Args:
             score (`float`): Value of the monitored metric; finite.
             decision (`Decision`): What the policy decided.
-            is_best (`bool`): Whether the model of this evaluation is the one to keep.
             extra, test (`dict`, *optional*): Further values by name, for the library's graphs.
             learning_rate (`float`): At this evaluation, for the graphs.
             parameters (`int`): Of the network now, for the library's tables.
@@ -214,28 +214,33 @@ class PAITracker:
             `bool`: Whether the library says that training is complete.
         """
         now = time.monotonic()
-        record = [score, decision.name, is_best, extra or {}, test or {}, learning_rate, parameters, now - self._last]
+        record = [score, decision.name, extra or {}, test or {}, learning_rate, parameters, now - self._last]
         self._last = now
         self._records.append(record)
         return self._tell(record)
 
     def _tell(self, record: list) -> bool:
-        score, decision, is_best, extra, test, learning_rate, parameters, seconds = record
+        score, decision, extra, test, learning_rate, parameters, seconds = record
+        if (
+            not PartialState().is_main_process
+        ):  # the library's other processes read files that only the first one writes
+            return decision == Decision.COMPLETE.name
         tracker, member, pc, decision = self._tracker, self._tracker.member_vars, self._settings, Decision[decision]
         with self._installed(), torch.random.fork_rng(devices=[]):
             parameter = nn.Parameter(torch.zeros(1))
             tracker.set_optimizer_instance(torch.optim.SGD([parameter], lr=learning_rate))
             tracker.saved_time = time.time() - seconds
             for name, value in extra.items():
-                tracker.add_extra_score(value, name)
+                tracker.add_extra_score(value, _plain(name))
             for name, value in test.items():
-                tracker.add_test_score(value, name)
-            # The library's own rule sees what makes it agree: 0 is "no score yet", so any score is the best.
+                tracker.add_test_score(value, _plain(name))
+            # What it would decide itself is overruled. 0 is "no score yet", so that any score is better; nothing is
+            # better than infinity. A better score makes it write all that it knows to a file, which takes the longer
+            # the more it knows; it reads that file at a dendrite addition, and only then needs it.
             member["switch_mode"] = pc.DOING_NO_SWITCH
-            worst = math.inf if self._greater else -math.inf
-            member["current_best_validation_score"] = 0 if is_best else worst
+            never = math.inf if self._greater else -math.inf
+            member["current_best_validation_score"] = never if decision is Decision.CONTINUE else 0
             member["global_best_validation_score"] = 0
-            member["current_n_set_global_best"] = decision is not Decision.RETRY
             complete = decision is Decision.COMPLETE
             pc.set_max_dendrites(member["num_dendrites_added"] if complete else _NEVER)
             known = len(member["param_counts"])
@@ -282,21 +287,21 @@ class PAITracker:
         self._last = time.monotonic()
 
 
+def _plain(name: str) -> str:
+    """A name of a metric as the library can keep it: commas end a value in its files."""
+    return re.sub(r"[^A-Za-z0-9 _.-]", "_", name) or "score"
+
+
 def _is_number(value) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _is_record(record) -> bool:
-    if not isinstance(record, list) or len(record) != 8:
+    if not isinstance(record, list) or len(record) != 7:
         return False
-    score, decision, is_best, extra, test, *numbers = record
+    score, decision, extra, test, *numbers = record
     named = all(isinstance(part, dict) and all(map(_is_number, part.values())) for part in (extra, test))
-    return (
-        named
-        and all(map(_is_number, [score, *numbers]))
-        and decision in Decision.__members__
-        and is_best in (True, False)
-    )
+    return named and all(map(_is_number, [score, *numbers])) and decision in Decision.__members__
 
 
 def stand_in(layer: nn.Module) -> nn.Module:

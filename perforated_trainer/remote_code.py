@@ -18,7 +18,7 @@ import tokenize
 from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 
-import transformers
+from transformers.models.auto import modeling_auto
 from transformers.utils import logging
 
 from .checkpoint import write_whole
@@ -129,11 +129,11 @@ def save_code(model, folder: str | Path) -> bool:
 def auto_classes(model_class: type, config_class: type) -> list[str]:
     """Names of the Auto classes that make this model, or one that it is made from; `AutoModel` if none does."""
     found = []
-    for name in dir(transformers):
+    for name in dir(modeling_auto):  # that of transformers itself takes half a second
         if not name.startswith("AutoModel"):
             continue
         # `_model_mapping` is private. There is no public way from a class to its Auto classes in 5.5 to 5.23.
-        mapping = getattr(getattr(transformers, name), "_model_mapping", None)
+        mapping = getattr(getattr(modeling_auto, name), "_model_mapping", None)
         if mapping is not None and config_class in mapping:
             models = mapping[config_class]
             models = models if isinstance(models, (tuple, list)) else [models]

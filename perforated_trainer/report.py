@@ -306,12 +306,10 @@ def improvement(results: dict) -> str:
         word = "lower" if after < before else "higher"
         change = f" ({abs(after - before) / abs(before):.0%} {word})" if before and after != before else ""
         words.append(f"{what} {shown(before)} -> {shown(after)}{change}")
-    before = first["dendrites"] or "none"
-    which = "its first dendrite" if before == "none" else "it added dendrites"
-    dendrites = f"{count(kept['dendrites'], 'dendrite')} instead of {before}"
+    before, which = first["dendrites"] or "none", "its next" if first["dendrites"] else "its first"
     return (
-        f"Compared with the same run before {which}, so with the effect of the longer training: {dendrites}"
-        f"{', '.join(['', *words])}."
+        f"{count(kept['dendrites'], 'dendrite')} instead of {before}: {', '.join(words)}. This compares the model with "
+        f"the same run before {which} dendrite and includes the effect of longer training."
     )
 
 

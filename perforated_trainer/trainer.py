@@ -7,19 +7,16 @@ Written for transformers 5.5 to 5.24.
 """
 
 import inspect
-import json
 import math
 import pickle
 import random
-import re
 import sys
 import time
-import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from transformers import EarlyStoppingCallback, PrinterCallback, Seq2SeqTrainer, TrainerState
 from transformers import ProgressCallback as StockProgressCallback
 from transformers.trainer_utils import TrainOutput, has_length
@@ -31,7 +28,9 @@ from .arguments import (
     check_direction,
     compared_settings,
     from_command_line,
+    in_python,
     is_resumed,
+    plain_hints,
 )
 from .baseline import Baseline
 from .callbacks import (
@@ -66,6 +65,7 @@ class PerforatedTrainer(ExportingTrainer):
         PerforatedError: For arguments that cannot work.
     """
 
+    @plain_hints
     def __init__(self, *args, dendrite_args: DendriteArguments | None = None, test_dataset=None, **kwargs):
         if "using_perforatedai" in inspect.signature(super().__init__).parameters:  # Perforated AI's fork
             kwargs["using_perforatedai"] = False
@@ -90,6 +90,7 @@ class PerforatedTrainer(ExportingTrainer):
         if (run := self.dendrite_args.control_of) and self.run_dir.resolve() == Path(run).resolve():
             self.args.output_dir = f"{Path(run) if Path(run).name else Path(run).resolve()}-control"
             say(f"note: the baseline is written to {self.args.output_dir}")
+        self.args.logging_nan_inf_filter = False  # a loss that is not finite must be seen
         self.test_dataset = test_dataset
         self.score_name = "eval_" + self.args.metric_for_best_model.removeprefix("eval_")
         self.stopped_by, self.train_seconds, self.restarts = None, 0.0, []
@@ -139,6 +140,7 @@ class PerforatedTrainer(ExportingTrainer):
 
     # ------------------------------------------------------------------------------------------------------ training
 
+    @plain_hints
     def train(self, resume_from_checkpoint=None, *args, **kwargs) -> TrainOutput:
         """Train until the tracker says that training is complete, or `max_steps`, a callback or a signal stops it.
 
@@ -243,7 +245,7 @@ class PerforatedTrainer(ExportingTrainer):
         if self.dendrite_args.doing_pai and not self.dendrite_args.control_of:
             lines.append(self.plan_table)
         for line in filter(None, lines):
-            say(line)
+            say(line if from_command_line(args) else in_python(line))
 
     def _callbacks(self) -> list:
         return self.callback_handler.callbacks
@@ -362,22 +364,24 @@ class PerforatedTrainer(ExportingTrainer):
         self.accelerator.wait_for_everyone()
         return super()._finalize_training(*args, **kwargs)
 
+    def hyperparameter_search(self, *args, **kwargs):
+        """Raises `PerforatedError`: each trial needs a run of its own."""
+        raise PerforatedError("hyperparameter_search: examples/optuna_sweep.py runs each trial in a process of its own")
+
     def _load_best_model(self):
         """Nothing: the best model is there already, with or without `load_best_model_at_end`."""
 
-    def create_optimizer(self, *args, **kwargs):
-        """As `Trainer.create_optimizer`, with `dendrite_learning_rate_factor`."""
-        is_new = self.optimizer is None
-        optimizer = super().create_optimizer(*args, **kwargs)
-        if is_new:
+    def _wrap_model(self, model, training=True, *args, **kwargs):
+        """As in `Trainer`, which calls it with a new optimizer, whoever made that; `dendrite_learning_rate_factor`."""
+        if training and self.optimizer is not None:
             if self._is_scaled:
-                schedule.scale_optimizer(optimizer, self.dendrite_args.dendrite_learning_rate_factor)
-            claimed = {id(p) for group in optimizer.param_groups for p in group["params"]}
+                schedule.scale_optimizer(self.optimizer, self.dendrite_args.dendrite_learning_rate_factor)
+            claimed = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
             left = [n for n, p in self.model.named_parameters() if p.requires_grad and id(p) not in claimed]
             if left:
                 more = f" and {len(left) - 3} more" if len(left) > 3 else ""
                 say(f"warning: no group of the optimizer trains {', '.join(left[:3])}{more}")
-        return optimizer
+        return super()._wrap_model(model, training, *args, **kwargs)
 
     @property
     def _is_scaled(self) -> bool:
@@ -496,11 +500,11 @@ class PerforatedTrainer(ExportingTrainer):
         limit, settings = self.args.save_total_limit, self.settings()
         self.state.best_global_step = None  # the best model is kept in each checkpoint, the Trainer need not keep one
         self.args.save_total_limit = None  # the Trainer would delete an old checkpoint before the new one is complete
+        stock = super()._save_checkpoint
         try:
             with disk_errors(folder, self.run_dir):
-                self._on_main_process(lambda: checkpoint.begin(folder))  # before others write their random state there
-                super()._save_checkpoint(model, trial)
-                self.accelerator.wait_for_everyone()
+                self._together(lambda: checkpoint.begin(folder), main_only=True)
+                self._together(lambda: stock(model, trial))
                 facts = {
                     "step": self.state.global_step,
                     "complete": self.decision is Decision.COMPLETE,
@@ -508,7 +512,7 @@ class PerforatedTrainer(ExportingTrainer):
                     "settings": settings,
                     "restarts": self.restarts,
                 }
-                self._on_main_process(lambda: self._finish_checkpoint(folder, facts, limit))
+                self._together(lambda: self._finish_checkpoint(folder, facts, limit), main_only=True)
         finally:
             self.args.save_total_limit = limit
 
@@ -517,18 +521,22 @@ class PerforatedTrainer(ExportingTrainer):
         checkpoint.write_manifest(folder, facts)
         checkpoint.rotate(self.run_dir, limit, newest=folder)
 
-    def _on_main_process(self, work) -> None:
-        """Do something in the first process; all processes wait, and end with its error."""
+    def _together(self, work, main_only: bool = False) -> None:
+        """Do something in the first process or in all; all processes wait for it, and end with the error of any."""
         error = None
-        if self.is_world_process_zero():
+        if self.is_world_process_zero() or not main_only:
             try:
                 work()
             except Exception as caught:
                 if self.args.world_size == 1:
                     raise
                 error = caught
-        if self.args.world_size > 1 and (error := broadcast_object_list([error])[0]):
-            raise error
+        if self.args.world_size > 1:
+            errors = [found for found in gather_object([error and f"{type(error).__name__}: {error}"]) if found]
+            if error:
+                raise error
+            if errors:
+                raise OSError(f"another process failed: {errors[0]}")
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         """The only place where network and dendrites are loaded; `Trainer` does the rest."""
