@@ -341,7 +341,8 @@ def _check_schedule(dendrite_args: DendriteArguments, args: TrainingArguments) -
 _HARMLESS = set(
     "output_dir resume_from_checkpoint overwrite_run save_name save_strategy save_steps save_total_limit "
     "save_on_each_node restore_callback_states_from_checkpoint load_best_model_at_end logging_dir logging_strategy "
-    "logging_steps logging_first_step log_level log_level_replica log_on_each_node report_to run_name project trackio_space_id "
+    "logging_steps logging_first_step log_level log_level_replica log_on_each_node report_to run_name project "
+    "trackio_space_id "
     "push_to_hub hub_model_id hub_strategy hub_token hub_private_repo hub_always_push hub_revision disable_tqdm "
     "do_train do_eval do_predict dataloader_pin_memory dataloader_persistent_workers include_num_input_tokens_seen "
     "skip_memory_metrics ddp_timeout logging_nan_inf_filter".split()

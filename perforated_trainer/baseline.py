@@ -1,8 +1,8 @@
 """The step-matched baseline of a run: the same network without dendrites, trained in the same way.
 
-A run with dendrites trains longer than one without, and restarts its optimizer and scheduler with each dendrite. Both help
-by themselves. The baseline has the same number of steps and the same restarts, each from its best weights so far; the
-difference between the two is the effect of the dendrites.
+A run with dendrites trains longer than one without, and restarts its optimizer and scheduler with each dendrite. Both
+help by themselves. The baseline has the same number of steps and the same restarts, each from its best weights so far;
+the difference between the two is the effect of the dendrites.
 """
 
 import dataclasses

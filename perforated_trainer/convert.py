@@ -44,12 +44,12 @@ class Plan:
 def perforate(model: nn.Module, dendrite_args: DendriteArguments, training_args: TrainingArguments) -> nn.Module:
     """Prepare a model for dendrites, in place. `PerforatedTrainer` does this by itself.
 
-    The model stays the object that it is, with the same names of modules and parameters; its class becomes a subclass of
-    the same name, whose `save_pretrained` saves dendrites. A registered second `base_model` is deleted.
+    The model stays the object that it is, with the same names of modules and parameters; its class becomes a subclass
+    of the same name, whose `save_pretrained` saves dendrites. A registered second `base_model` is deleted.
 
     Args:
-        model (`nn.Module`): A `PreTrainedModel`, or a module that contains some, or any module whose forward returns what
-            the Trainer accepts.
+        model (`nn.Module`): A `PreTrainedModel`, or a module that contains some, or any module whose forward returns
+            what the Trainer accepts.
         dendrite_args (`DendriteArguments`): Which modules get dendrites, and when. `PerforatedTrainer` uses them if it
             receives none.
         training_args (`TrainingArguments`): Checked together with `dendrite_args`.
@@ -60,8 +60,13 @@ def perforate(model: nn.Module, dendrite_args: DendriteArguments, training_args:
     Raises:
         PerforatedError: If something cannot work. The model is then unchanged.
     """
-    plan = plan_dendrites(model, dendrite_args, training_args)
-    _delete_second_body(model)
+    second = _delete_second_body(model)
+    try:
+        plan = plan_dendrites(model, dendrite_args, training_args)
+    except PerforatedError:
+        if second is not None:
+            model.base_model = second
+        raise
     if dendrite_args.freeze_base:
         for name, parameter in model.named_parameters():
             is_dendrite = any(part.startswith("dendrite") for part in name.split("."))
@@ -91,9 +96,9 @@ def plan_dendrites(model: nn.Module, dendrite_args: DendriteArguments, training_
         raise PerforatedError(f"dendrites are for a torch.nn.Module, not a {type(model).__name__}")
     if any(map(_compat.has_adapters, [model, *outermost_models(model)])):
         raise PerforatedError(
-            f"{type(model).__name__}: save_pretrained would write the adapters of peft alone. Merge them before, model = "
-            "model.merge_and_unload(), or give them dendrites too: insert them with peft.inject_adapter_in_model in the "
-            "__init__ of a model class of your own (docs/fine_tuning.md)"
+            f"{type(model).__name__}: save_pretrained would write the adapters of peft alone. Merge them before, model "
+            "= model.merge_and_unload(), or give them dendrites too: insert them with peft.inject_adapter_in_model in "
+            "the __init__ of a model class of your own (docs/fine_tuning.md)"
         )
     check_arguments(args, training_args)
     for name in ("activation_checkpointing", "gradient_checkpointing"):  # the new name came with transformers 5.21
@@ -139,14 +144,17 @@ def _check_quantization_mark(model: nn.Module) -> None:
             )
 
 
-def _delete_second_body(model: nn.Module) -> None:
-    """Delete a registered `base_model`: a second name by which the body would be trained, counted and saved twice.
+def _delete_second_body(model: nn.Module) -> nn.Module | None:
+    """Delete and return a registered `base_model`: a second name by which the body would be counted and saved twice.
 
     If `base_model` is only the read-only property of transformers, nothing is registered and nothing is done.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
-    if sum(module is modules.get("base_model") for module in modules.values()) > 1:
-        del model.base_model
+    second = modules.get("base_model")
+    if second is None or sum(module is second for module in modules.values()) < 2:
+        return None
+    del model.base_model
+    return second
 
 
 def _normalizations(model: nn.Module) -> dict[str, str]:
@@ -238,7 +246,8 @@ def _choose(model: nn.Module, args: DendriteArguments) -> Plan:
     if not plan.names and not (args.freeze_base and args.modules_to_train):
         if args.dendrite_rank and any("rank" in reason for reason in plan.excluded):
             raise PerforatedError(
-                f"--dendrite_rank {args.dendrite_rank} is not below the smaller side of any layer that could get dendrites"
+                f"--dendrite_rank {args.dendrite_rank} is not below the smaller side of any layer that could get "
+                "dendrites"
             )
         raise PerforatedError("no module can get dendrites: weights tied, frozen or with two names, or no such type")
     return plan

@@ -39,7 +39,7 @@ def disk_errors(what, run: Path):
 class ExportingTrainer(Trainer):
     """The half of `PerforatedTrainer` that writes what is kept of a run. It trains nothing."""
 
-    # ------------------------------------------------------------------------------------ the Trainer's hooks: the model
+    # ----------------------------------------------------------------------------------- the Trainer's hooks: the model
 
     def read_code(self) -> ModelCode | None:
         """The source of the model's class as it is before the training."""

@@ -226,7 +226,8 @@ class _Recomputed(torch.autograd.Function):
             for block in _blocks(rows):
                 target, before = result[block], rows[block]
                 parts = hidden[:, :, block].unbind()
-                for factor, value in zip(factors, _values(parts, up.unbind(), bias.unbind(), between, activation)):  # noqa: B905
+                for factor, value in zip(factors, _values(parts, up.unbind(), bias.unbind(), between, activation)):  #
+                noqa: B905
                     before = torch.addcmul(before, factor, value, out=target)
         return result.view(output.shape)
 

@@ -1,8 +1,9 @@
 """perforatedai: makes each dendrite, hears each score, keeps its own graphs and says that training is complete.
 
-The only module that imports it. The library keeps one tracker and one set of settings per process, which its compiled code
-looks up in `globals_perforatedai` at each call; here each run has its own, installed for the time of a call. The tracker
-watches a stand-in of one neuron: what it decides with is told to it by `policy.py`, the network is never shown to it.
+The only module that imports it. The library keeps one tracker and one set of settings per process, which its compiled
+code looks up in `globals_perforatedai` at each call; here each run has its own, installed for the time of a call. The
+tracker watches a stand-in of one neuron: what it decides with is told to it by `policy.py`, the network is never shown
+to it.
 
 Written for perforatedai 3.2.9. `tests/test_compat.py` fails when a name that is used here changes.
 """
@@ -140,8 +141,8 @@ class PAITracker:
         }
         for name, value in settings.items():
             getattr(pc, f"set_{name}")(value)
-        self._neuron = _Neuron()
         with self._installed(), torch.random.fork_rng(devices=[]):
+            self._neuron = _Neuron()
             UPA.perforate_model(
                 self._neuron,
                 doing_pai=True,
@@ -262,7 +263,8 @@ class PAITracker:
             return []
         improved = member["epoch_last_improved"]
         with self._installed():
-            # Between a dendrite addition and the next score it points past the scores, where save_graphs of 3.2.9 fails.
+            # Between a dendrite addition and the next score it points past the scores, where save_graphs of 3.2.9
+            # fails.
             member["epoch_last_improved"] = min(improved, len(member["accuracies"]) - 1)
             self._tracker.making_graphs = True
             self._tracker.save_graphs("_tracker")

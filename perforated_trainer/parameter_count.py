@@ -119,7 +119,8 @@ def table(
     """What gets dendrites, what does not and why, and the number of parameters with each further dendrite.
 
     Args:
-        layers (`dict`): Type of each layer that gets dendrites, parameters of a dendrite and number of neurons, by name.
+        layers (`dict`): Type of each layer that gets dendrites, parameters of a dendrite and number of neurons, by
+            name.
         excluded (`dict`): Names of modules with weights that get none, by reason.
         every (`list[str]`): Names of all modules.
         sizes (`list[int]`): As `sizes` returns them.

@@ -35,8 +35,8 @@ def of_all_cycles(values: tuple, num_cycles: int) -> tuple:
     """What `Trainer.set_initial_training_values` returns, for as many cycles as there can be.
 
     Args:
-        values (`tuple`): Number of epochs, update steps in an epoch, examples, samples, batch size, batches in an epoch,
-            and steps, for one cycle.
+        values (`tuple`): Number of epochs, update steps in an epoch, examples, samples, batch size, batches in an
+            epoch, and steps, for one cycle.
         num_cycles (`int`): The largest number of cycles.
     """
     epochs, steps_in_epoch, examples, samples, batch, batches, steps = values
@@ -52,8 +52,8 @@ def explanation(dendrite_args: DendriteArguments, args: TrainingArguments) -> st
         return None
     kind = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
     return (
-        f"note: the schedule {kind} is made for the whole run and restarts with each dendrite, so it does not reach its "
-        "end; --switch_mode fixed gives each cycle a whole one"
+        f"note: the schedule {kind} is made for the whole run and restarts with each dendrite, so it does not reach "
+        "its end; --switch_mode fixed gives each cycle a whole one"
     )
 
 

@@ -1,7 +1,7 @@
 """`PerforatedTrainer`: the Trainer with dendrites, in one `Trainer.train()`.
 
-A dendrite makes a different network, which needs a new optimizer, scheduler and wrapper. They are made again between two
-steps, after the evaluation that decides; the data, the log, the callbacks and the step count continue.
+A dendrite makes a different network, which needs a new optimizer, scheduler and wrapper. They are made again between
+two steps, after the evaluation that decides; the data, the log, the callbacks and the step count continue.
 
 Written for transformers 5.5 to 5.24.
 """
@@ -437,11 +437,11 @@ class PerforatedTrainer(ExportingTrainer):
 
     def _evaluate_test(self, ignore_keys, **kwargs) -> None:
         """Evaluate the test data. Random numbers are those that they would be without it."""
-        states = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
+        states = random.getstate(), np.random.get_state(), torch.random.get_rng_state()  # noqa: NPY002
         with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_available() else []):
             output = self.predict(self.test_dataset, ignore_keys, "test", **kwargs)
         random.setstate(states[0])
-        np.random.set_state(states[1])
+        np.random.set_state(states[1])  # noqa: NPY002
         torch.random.set_rng_state(states[2])
         self.test_metrics = output.metrics
         self.log(dict(output.metrics))

@@ -1,6 +1,7 @@
 """Layers whose weights other code reads instead of calling the layer: a dendrite on one would be trained or used in part.
 
-The source of each module's class is searched for expressions such as `self.conv.weight`. Attributes that say nothing about
+The source of each module's class is searched for expressions such as `self.conv.weight`. Attributes that say nothing
+about
 the values (`self.out.weight.dtype`) do not count, nor do methods that run when a model is made.
 """
 
