@@ -8,6 +8,7 @@ import sys
 from importlib import import_module
 
 from . import loading as loading  # its import makes transformers load models with dendrites
+from .loading import load_dendrites as load_dendrites
 
 __version__ = "0.2.0"
 
@@ -19,7 +20,7 @@ _NAMES = {
     "cli": ["already_finished", "main_process", "parse_arguments", "run_script"],
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
-__all__ = sorted([*_MODULE_OF, "load_perforated_model"])
+__all__ = sorted([*_MODULE_OF, "load_dendrites", "load_perforated_model"])
 
 
 def load_perforated_model(model, folder):

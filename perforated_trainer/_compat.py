@@ -13,6 +13,8 @@ import torch
 from accelerate import Accelerator
 from transformers import TrainingArguments
 
+from .sharing import is_quantized
+
 
 def ignore_shared_tensors() -> None:
     """Let safetensors write tensors that are whole aliases of one another, such as tied weights.
@@ -84,7 +86,22 @@ def is_new(parameter: torch.nn.Parameter) -> bool:
     Library: transformers 5.5 to 5.24, `Parameter._is_hf_initialized`, which it sets on what it loads. Can go when a
     model says which of its parameters are new.
     """
-    return not getattr(parameter, "_is_hf_initialized", False)
+    return not getattr(parameter, "_is_hf_initialized", False) and not is_quantized(parameter)
+
+
+@contextlib.contextmanager
+def quantized_base_accepted(model: torch.nn.Module | None) -> Iterator[None]:
+    """For a `with` block in which a Trainer is made, a quantized model is one like any other.
+
+    Library: transformers 5.5 to 5.24, `validate_quantization_for_training`. Why: it accepts adapters of peft on a
+    quantized model and nothing else. Can go when it asks whether the parameters that are trained are quantized.
+    """
+    marked = vars(model).pop("is_quantized", None) if model is not None else None
+    try:
+        yield
+    finally:
+        if marked is not None:
+            model.is_quantized = marked
 
 
 def forget_preparation(model: torch.nn.Module) -> None:

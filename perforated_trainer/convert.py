@@ -10,7 +10,7 @@ from torch.nn import Conv1d, Conv2d, Conv3d
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.utils import logging
 
-from . import _compat, layers, loading, parameter_count, patterns
+from . import _compat, layers, loading, parameter_count, patterns, sharing
 from .arguments import LAYER_TYPES, DendriteArguments, PerforatedError, check_arguments
 from .weight_reads import layers_read
 
@@ -116,11 +116,16 @@ def plan_dendrites(model: nn.Module, dendrite_args: DendriteArguments, training_
         if (rank := getattr(layer, "dendrite_rank", None)) != args.dendrite_rank:
             needed = f"--dendrite_rank {rank}: set it" if rank else "full rank: leave out --dendrite_rank"
             raise PerforatedError(f"{name} has dendrites of {needed}")
+    _check_quantized(model, args)
     plan = _choose(model, args)
     if args.freeze_base:
         plan.trained = _trained_next_to_dendrites(model, args)
-        if not plan.names and not plan.trained:
-            raise PerforatedError("--freeze_base: nothing would be trained, neither dendrites nor --modules_to_train")
+        initial = args.doing_pai and args.num_initial_dendrites and plan.names
+        begins = initial or layers.layers_with_dendrites(model)
+        if not plan.trained and (args.control_of or not begins):
+            when = "without dendrites" if args.control_of else "before the first dendrite"
+            instead = "" if args.control_of else "--num_initial_dendrites 1 or "
+            raise PerforatedError(f"--freeze_base: nothing would be trained {when}: set {instead}--modules_to_train")
     sizes = planned_sizes(model, args, plan)
     parameter_count.check_fits(sizes, args)
     return plan
@@ -141,6 +146,21 @@ def _check_quantization_mark(model: nn.Module) -> None:
             raise PerforatedError(
                 f"the config of {type(part).__name__} has a quantization_config ({method}), but its weights are not "
                 "quantized, and what is saved would not load: del model.config.quantization_config"
+            )
+
+
+def _check_quantized(model: nn.Module, args: DendriteArguments) -> None:
+    """Refuse a quantized model that would not be frozen, or could not be saved."""
+    if method := sharing.quantization(model):
+        if not args.freeze_base or not args.dendrite_rank:
+            raise PerforatedError(
+                f"the weights of {type(model).__name__} are quantized ({method}) and cannot be trained: set "
+                "--freeze_base and --dendrite_rank (freeze_base=True, dendrite_rank=8)"
+            )
+        if not all(map(sharing.base_of, outermost_models(model))):
+            raise PerforatedError(
+                f"{type(model).__name__} is quantized and has no name by which it can be loaded again, so its dendrites "
+                "could not be saved: load it with from_pretrained"
             )
 
 
@@ -219,7 +239,7 @@ def _choose(model: nn.Module, args: DendriteArguments) -> Plan:
         elif name in reads:
             reason = f"weights are read by {reads[name]}"
         elif name not in asked:
-            if kind not in args.module_names_to_perforate:
+            if not {kind, args.dendrite_rank and layers.kind_of_low_rank(module)} & set(args.module_names_to_perforate):
                 reason = "other type of layer"
             elif last is not None and not path & last:
                 reason = f"not in the last {args.perforate_last_blocks} blocks"
@@ -276,18 +296,17 @@ def _trained_next_to_dendrites(model: nn.Module, args: DendriteArguments) -> lis
     every = [name for name, _ in model.named_modules()]
     chosen = {name for names in patterns.find(args.modules_to_train, every).values() for name in names}
     parameters = dict(model.named_parameters())
-    if all(map(_compat.is_new, parameters.values())):
+    if all(_compat.is_new(p) or sharing.is_quantized(p) for p in parameters.values()):
         new = set()  # not from `from_pretrained`: nothing says what is new
     else:
         new = {name for name, parameter in parameters.items() if _compat.is_new(parameter)}
+    new |= set(getattr(model, "dendrites_base", {}).get("trained", ()))  # where its dendrites were trained
     trained = [
         name
         for name in parameters
         if not any(part.startswith("dendrite") for part in name.split("."))
         and (name in new or any(name.startswith(f"{module}.") for module in chosen))
     ]
-    if args.modules_to_train == [] and not new and not args.num_initial_dendrites and not args.doing_pai:
-        raise PerforatedError("--freeze_base: nothing would be trained; name --modules_to_train")
     return trained
 
 
@@ -329,7 +348,14 @@ def table(model: nn.Module, args: DendriteArguments, plan: Plan) -> str:
         found[name] = kind_of(module), *dendrite_size(model, name, plan, args)
     every = [name for name, module in model.named_modules()]
     sizes, before = planned_sizes(model, args, plan), num_dendrites_of(model)
-    return parameter_count.table(found, plan.excluded, every, sizes, before, args.max_parameters)
+    lines = [parameter_count.table(found, plan.excluded, every, sizes, before, args.max_parameters)]
+    if args.freeze_base:
+        modules = list(dict.fromkeys(name.rpartition(".")[0] or name for name in plan.trained))
+        shown = list(dict.fromkeys(parameter_count.collapse(modules, every).values()))
+        number = sum(model.get_parameter(name).numel() for name in plan.trained)
+        more = f"{', '.join(shown[:8])} ({number:,} parameters)" if shown else "nothing else"
+        lines.append(f"Trained next to the dendrites, the base is frozen: {more}")
+    return "\n".join(lines)
 
 
 def dimension_of_neurons(module: nn.Module, ndim: int | None = None) -> int:

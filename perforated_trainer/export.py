@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerState
 from transformers.utils import logging
 
-from . import checkpoint, layers, loading, model_card, plot, report, run_dir
+from . import checkpoint, layers, loading, model_card, plot, report, run_dir, sharing
 from .arguments import PerforatedError, from_command_line, plain_hints, run_name
 from .callbacks import say
 from .layers import base_class
@@ -54,7 +54,10 @@ class ExportingTrainer(Trainer):
         bars = logging.is_progress_bar_enabled()
         logging.disable_progress_bar()  # of files being written
         try:
-            if isinstance(self.model, PreTrainedModel):
+            if isinstance(self.model, PreTrainedModel) and self._saves_dendrites_only(folder):
+                self.model.save_pretrained(folder, dendrites_only=True)
+                self.code.save(folder, self.model)
+            elif isinstance(self.model, PreTrainedModel):
                 self.model.save_pretrained(folder, state_dict=_without_aliases(self.model), save_original_format=False)
                 self.has_code = self.code.save(folder, self.model)
             elif hasattr(self.model, "save_pretrained"):  # of another library
@@ -69,6 +72,52 @@ class ExportingTrainer(Trainer):
         finally:
             if bars:
                 logging.enable_progress_bar()
+
+    def save_model(self, output_dir=None, _internal_call=False, dendrites_only: bool = False) -> None:
+        """As `Trainer.save_model`.
+
+        Args:
+            output_dir (`str`, *optional*): `args.output_dir` by default.
+            dendrites_only (`bool`, defaults to `False`): Save what was trained, the name of the frozen base and a card,
+                for `load_dendrites`.
+
+        Raises:
+            PerforatedError: If `dendrites_only` is not possible: nothing is frozen, or the base has no name.
+        """
+        if dendrites_only:
+            try:
+                self._check_dendrites_only()
+            except ValueError as error:
+                raise PerforatedError(str(error)) from None
+        before, self._dendrites_only = self._dendrites_only, dendrites_only
+        try:
+            super().save_model(output_dir, _internal_call)
+        finally:
+            self._dendrites_only = before
+        if dendrites_only and self.args.should_save:
+            base = sharing.base_of(self.model)
+            if Path(base["name"]).is_dir():
+                say(f"note: the base is known by a path of this machine, {base['name']}, which is stored as its name")
+            folder, size = Path(output_dir or self.args.output_dir), self._number_of_trained()
+            card = model_card.dendrites_card(type(self.model).__name__, base, self._numbers_of_dendrites(), size)
+            checkpoint.write_whole(folder / "README.md", card)
+
+    _dendrites_only = False
+
+    def _check_dendrites_only(self) -> None:
+        if not isinstance(self.model, PreTrainedModel):
+            raise ValueError(f"dendrites_only: a {type(self.model).__name__} has no from_pretrained; save all of it")
+        loading.check_savable(self.model)
+
+    def _number_of_trained(self) -> int:
+        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+
+    def _saves_dendrites_only(self, folder: Path) -> bool:
+        """Whether the frozen base is left out: if that is asked for, if it is quantized, and in checkpoints."""
+        if self._dendrites_only or sharing.quantization(self.model):
+            return True
+        is_checkpoint = folder.name.startswith("checkpoint-")
+        return is_checkpoint and self.dendrite_args.freeze_base and bool(sharing.base_of(self.model))
 
     def cycles(self) -> list[dict]:
         """For each number of dendrites: parameters, the best validation score, its step and the other scores there."""

@@ -3,19 +3,22 @@
 The network is changed in place. Between two evaluations it is the network that is saved, and nothing here is in it.
 """
 
+import contextlib
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import safetensors.torch
 import torch
 from torch import nn
 
-from . import convert, layers, loading, parameter_count
+from . import convert, layers, loading, parameter_count, sharing
 from .arguments import DendriteArguments, PerforatedError
 from .checkpoint import read_json, write_whole
 from .pai import PAITracker
 from .policy import CAPACITY_TEST_DENDRITES, Decision, Policy
+from .weight_reads import watch_reads
 
 STATE = "dendrite_state.json"  # in a checkpoint: everything but weights
 BEST = "best_model.safetensors"  # in a checkpoint: the weights of the best model so far, unless the network has them
@@ -92,6 +95,25 @@ class Growth:
         for name in list(self.unused):
             if any(parameter.grad is not None for parameter in self._parameters(name)):
                 self.unused.discard(name)
+
+    @contextlib.contextmanager
+    def watch_reads(self) -> Iterator[None]:
+        """Around a first step or a first evaluation: leave out layers whose weights are read and that nothing calls.
+
+        Raises:
+            PerforatedError: If such a layer has dendrites already.
+        """
+        with watch_reads(self.model, self.plan.names) as reads:
+            yield
+        for name in [name for name, called in reads.items() if not called]:
+            if self._number(name):
+                raise PerforatedError(
+                    f"{name} has dendrites, and the model reads its weights instead of calling it, so that they are "
+                    f"left out: --module_ids_to_track {name}"
+                )
+            self.plan.names.remove(name)
+            self.unused.discard(name)
+            self.notes.append(f"note: the model reads the weights of {name} instead of calling it: no dendrites there")
 
     def watch_outputs(self) -> list:
         """Hooks that look at the first output of each layer whose class does not say what its neurons are.
@@ -231,9 +253,7 @@ class Growth:
 
     def _weights(self) -> dict[str, torch.Tensor]:
         """What a training changes: the parameters that are trained, and the buffers that are saved."""
-        saved = self.model.state_dict()
-        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        return trained | {name: b for name, b in self.model.named_buffers() if name in saved}
+        return sharing.trained_part(self.model)
 
     def _keep(self, step: int) -> None:
         self._best = {name: value.detach().to("cpu", copy=True) for name, value in self._weights().items()}

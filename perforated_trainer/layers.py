@@ -211,8 +211,10 @@ def _values(hidden, ups, biases, between, activation, differentiable=False):
 
 
 class _Recomputed(torch.autograd.Function):
-    """`_add_low_rank`, which keeps nothing of the layer's size for the backward pass: it is computed again, and on a CPU
-    in blocks that its cache holds. What is kept of a dendrite otherwise is as much as the layer's output."""
+    """`_add_low_rank`, which keeps nothing of the layer's size for the backward pass: that computes it again.
+
+    On a CPU both work in blocks that its cache holds. Otherwise as much as the layer's output is kept of each dendrite.
+    """
 
     @staticmethod
     def forward(ctx, activation, output, hidden, up, bias, between, to_output):
@@ -226,8 +228,8 @@ class _Recomputed(torch.autograd.Function):
             for block in _blocks(rows):
                 target, before = result[block], rows[block]
                 parts = hidden[:, :, block].unbind()
-                for factor, value in zip(factors, _values(parts, up.unbind(), bias.unbind(), between, activation)):  #
-                noqa: B905
+                values = _values(parts, up.unbind(), bias.unbind(), between, activation)
+                for factor, value in zip(factors, values):  # noqa: B905
                     before = torch.addcmul(before, factor, value, out=target)
         return result.view(output.shape)
 
@@ -328,6 +330,12 @@ def dendrite_class(mixin: type, base: type) -> type:
 def _kind(base):
     """The class in `_AXES` that a class is or is made from: quantized layers are subclasses of nn.Linear."""
     return next((kind for kind in _AXES if issubclass(base, kind)), None)
+
+
+def kind_of_low_rank(module: nn.Module) -> str | None:
+    """Name of the class of which a module computes the product, perhaps quantized; None if it has no low rank."""
+    kind = _kind(base_class(module))
+    return kind and kind.__name__
 
 
 def _set_class(module, mixin):
@@ -453,7 +461,10 @@ def add_dendrites(
         mixin = _Sequence if issubclass(base, nn.Sequential) else _Module
         copies = nn.ModuleList(plain_copy(module) for _ in range(num_dendrites))
         module.dendrites = copies
-    like = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
+    like = next((p for p in module.parameters() if p.is_floating_point()), None)
+    if like is None:  # quantized: as it computes
+        device = next((p.device for p in module.parameters()), None)
+        like = torch.empty(0, dtype=getattr(module, "compute_dtype", None), device=device)
     for name, (shape, _) in _shapes(module, num_dendrites, neurons, rank).items():
         module.register_parameter(name, nn.Parameter(torch.zeros(shape, dtype=like.dtype, device=like.device)))
     module.num_dendrites, module.dendrite_dim, module.dendrite_activation = num_dendrites, dim, activation

@@ -7,6 +7,7 @@ class receives a model before its weights are loaded. A copy of it is saved next
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import json
 import os
@@ -31,6 +32,7 @@ from .layers import (
     join,
     layers_with_dendrites,
 )
+from .sharing import BASE, base_of, check_base, fingerprints, frozen_part, read_base, trained_part
 
 METHOD = VARIANT = "dendrites"
 FORMAT = 2  # of the saved model; raise it when a model saved now could not be loaded by older code
@@ -40,7 +42,8 @@ _STOCK_NAMES = "model.safetensors", "model.safetensors.index.json"
 _VARIANT_INDEX = "model.safetensors.index.dendrites.json"  # what save_pretrained(variant="dendrites") calls the index
 MODULE = "dendrites.json"  # of a module that is not a PreTrainedModel: its `DendriteConfig`
 CODE = "dendrite_loading"  # name of the copy of this file in the folder of a model
-CODE_FILES = {"layers.py": "dendrite_layers.py", "loading.py": f"{CODE}.py"}  # what is copied, and its name there
+# What is copied, and its name there.
+CODE_FILES = {"layers.py": "dendrite_layers.py", "sharing.py": "dendrite_sharing.py", "loading.py": f"{CODE}.py"}
 
 
 class DendriteConfig(QuantizationConfigMixin):
@@ -53,6 +56,8 @@ class DendriteConfig(QuantizationConfigMixin):
         activation (`str`): A name in `ACTIVATIONS`.
         weights (`str`): The file of the weights, or their index.
         format (`int`): Version of this layout.
+        base (`dict`, *optional*): If the folder holds dendrites alone, the "name" of the base, its "revision" and
+            "dtype", and the method by which it was "quantized".
 
     Raises:
         ValueError: If one is not understood.
@@ -60,7 +65,7 @@ class DendriteConfig(QuantizationConfigMixin):
 
     dequantize = True  # transformers then takes the marks of quantization off the loaded model: Trainer trains it
 
-    def __init__(self, layers=None, activation="sigmoid", weights=WEIGHTS, format=FORMAT, **unknown):
+    def __init__(self, layers=None, activation="sigmoid", weights=WEIGHTS, format=FORMAT, base=None, **unknown):
         if not isinstance(format, int) or format > FORMAT:
             raise ValueError(
                 f"The dendrites were saved in format {format!r} by a newer version; this one knows up to {FORMAT}. "
@@ -69,8 +74,12 @@ class DendriteConfig(QuantizationConfigMixin):
         plain = isinstance(weights, str) and weights == PurePosixPath(weights).name == PureWindowsPath(weights).name
         if not plain or not weights.endswith((".safetensors", ".safetensors.index.json")):
             raise ValueError(f"`weights` must name a safetensors file in the folder of the model, not {weights!r}")
-        if not isinstance(layers, dict) or not layers:
+        if not isinstance(layers, dict) or not (layers or base):
             raise ValueError(f"`layers` must name the modules with dendrites, got {layers!r}")
+        if base is not None:
+            if not isinstance(base, dict) or not all(isinstance(v, str) for v in (base.get("name"), *base.values())):
+                raise ValueError(f"`base` must name the model that the dendrites are for, not {base!r}")
+            self.base = base
         self.quant_method, self.format = METHOD, format
         self.layers, self.activation, self.weights = layers, activation, weights
 
@@ -146,6 +155,11 @@ class DendriteQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
         saved = read_shapes(checkpoint_files) if checkpoint_files else None
+        self._base = None
+        if base := getattr(self.quantization_config, "base", None):
+            _check_loadable(base)
+            self._base = read_base(checkpoint_files[0]) if checkpoint_files else {}
+            model._keys_to_ignore_on_load_missing = {".*"}  # the base is loaded after the dendrites
         partial = bool(self._architectures) and type(model).__name__ not in self._architectures
         self.quantization_config.build(model, saved, partial)
         self._shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
@@ -162,6 +176,8 @@ class DendriteQuantizer(HfQuantizer):
         for value in (*model.parameters(), *model.buffers()):  # the CPU rounds products by where their factors are
             if value.device.type == "cpu" and value.data_ptr() % 64:  # in a mapped file; else as torch allocates
                 value.data = value.data.clone()
+        if self._base is not None:
+            load_base(model, self.quantization_config, self._base)
         return make_dendritic(model)
 
     def is_serializable(self):
@@ -207,6 +223,145 @@ def check_dendrites(model: nn.Module, saved: dict, partial: bool = False) -> Non
         raise ValueError(f"The weights do not fit the dendrites in config.json: {', '.join(wrong[:3])}{more}")
 
 
+_loading_base = False
+
+
+def _check_loadable(base):
+    if _loading_base:
+        raise ValueError(f"the base of these dendrites is itself a folder with dendrites alone, for {base['name']}")
+    if method := base.get("quantized"):
+        raise ValueError(
+            f"these dendrites are for {base['name']}, quantized ({method}): load that as it was, and then "
+            "perforated_trainer.load_dendrites(base, folder)"
+        )
+
+
+def _unjoined(name, layers):
+    """The name of a tensor in a model whose convolutions are not joined with their normalizations."""
+    for layer, value in layers.items():
+        if isinstance(value, dict) and "norm" in value:
+            norm = ".".join(filter(None, (layer.rpartition(".")[0], value["norm"])))
+            for part, own in ((f"{layer}.0.", layer), (f"{layer}.1.", norm)):
+                if name.startswith(part):
+                    return f"{own}.{name.removeprefix(part)}"
+    return name
+
+
+def _by_name(tensors, names, layers, prefix):
+    """The tensors of a base by the names that they have with the dendrites; the body is found in a model and alone."""
+    found = {}
+    for name in names:
+        own = _unjoined(name, layers)
+        for key in (own, own.removeprefix(prefix), prefix + own):
+            if key in tensors:
+                found[name] = tensors[key]
+                break
+    return found
+
+
+@torch.no_grad()
+def load_base(model: nn.Module, config: DendriteConfig, expected: dict[str, str]) -> None:
+    """Load the base of a model whose dendrites are loaded.
+
+    Args:
+        model (`PreTrainedModel`): With its dendrites, and random weights for its base.
+        config (`DendriteConfig`): Its `base` names the base.
+        expected (`dict`): Fingerprint of each tensor of the base.
+
+    Raises:
+        ValueError: If it is not the base that the dendrites were trained on.
+        OSError: If there is no model of that name.
+    """
+    global _loading_base
+    base, kept, level = config.base, copy.deepcopy(model.config), transformers.utils.logging.get_verbosity()
+    if hasattr(kept, "quantization_config"):
+        del kept.quantization_config
+    _loading_base = True
+    transformers.utils.logging.set_verbosity_error()  # a head of its own that it lacks is not missed
+    try:
+        with torch.random.fork_rng(devices=[]):
+            loaded = type(model).from_pretrained(
+                base["name"],
+                config=kept,
+                revision=base.get("revision") or "main",
+                dtype=getattr(torch, base.get("dtype", ""), None),
+                ignore_mismatched_sizes=True,
+            )
+    except OSError as error:
+        reason = str(error).splitlines()[0]
+        raise OSError(
+            f"these dendrites are for the model {base['name']!r}, which cannot be loaded ({reason}): load it "
+            "yourself, and then perforated_trainer.load_dendrites(base, folder)"
+        ) from None
+    finally:
+        _loading_base = False
+        transformers.utils.logging.set_verbosity(level)
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    own = _by_name(model.state_dict(), expected, {}, prefix)  # of another class, the model may lack some
+    values = _by_name(loaded.state_dict(), own, config.layers, prefix)
+    check_base(loaded, values, {name: expected[name] for name in own}, "the model in this folder")
+    for name, value in values.items():
+        own[name].copy_(value)
+    _remember_base(model, base, expected)
+
+
+def _remember_base(model, base, expected):
+    """A model with the dendrites of a folder knows what was trained there, for a further training."""
+    names = [name for name, _ in model.named_parameters() if name not in expected]
+    for name, parameter in model.named_parameters():
+        if name in expected and parameter.is_floating_point():
+            parameter.requires_grad_(False)
+    model.dendrites_base = base | {"trained": names}
+
+
+@torch.no_grad()
+def load_dendrites(base_model: nn.Module, folder: str | Path) -> nn.Module:
+    """Put what `save_model(folder, dendrites_only=True)` wrote into the model that it was trained on.
+
+    Args:
+        base_model (`PreTrainedModel`): The base, as it was before its training: of the same class, dtype and
+            quantization. Changed in place; unchanged if it is refused.
+        folder (`str` or `Path`): Of dendrites alone.
+
+    Returns:
+        `PreTrainedModel`: The same model, in evaluation mode. Its base is frozen.
+
+    Raises:
+        ValueError: If the folder holds something else, or dendrites for another base, which names what differs.
+        OSError: If a file is missing.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise OSError(f"there is no config.json in {folder}")
+    mark = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config") or {}
+    if mark.get("quant_method") != METHOD or not mark.get("base"):
+        raise ValueError(f"{folder} does not hold dendrites alone: load what it holds with from_pretrained")
+    config = DendriteConfig(**{name: value for name, value in mark.items() if name != "quant_method"})
+    if layers_with_dendrites(base_model):
+        raise ValueError(f"this {type(base_model).__name__} has dendrites already: load its base again")
+    what = f"what is in {folder}"
+    file, modules = folder / config.weights, dict(base_model.named_modules())
+    shapes, expected, own = read_shapes([file]), read_base(file), base_model.state_dict()
+    if lacking := [name for name in config.layers if name not in modules]:
+        raise ValueError(f"{what} was trained on another base: this {type(base_model).__name__} has no {lacking[0]}")
+    for name, shape in shapes.items():
+        own_name = _unjoined(name, config.layers)
+        if not _is_of_dendrites(name) and (own_name not in own or tuple(own[own_name].shape) != shape):
+            found = tuple(own[own_name].shape) if own_name in own else "missing"
+            raise ValueError(f"{what} was trained on another base: {own_name} is {found} here, {shape} there")
+    check_base(base_model, _by_name(own, expected, config.layers, ""), expected, what)
+    for name, value in config.layers.items():
+        config._check_number(name, value.get("dendrites") if isinstance(value, dict) else value, shapes, "")
+    config.build(base_model, shapes)
+    check_dendrites(base_model, shapes)
+    own = base_model.state_dict()
+    with safe_open(file, framework="pt") as weights:
+        for name in weights.keys():  # noqa: SIM118
+            own[name].copy_(weights.get_tensor(name))
+    _remember_base(base_model, config.base, expected)
+    return make_dendritic(base_model).eval()
+
+
 def read_shapes(files) -> dict[str, tuple]:
     """Shape of each tensor in files of weights. OSError if one is missing, ValueError if one is damaged."""
     shapes = {}
@@ -221,6 +376,16 @@ def read_shapes(files) -> dict[str, tuple]:
     return shapes
 
 
+def _distinct(tensors):
+    """The tensors as safetensors writes them: a second name of one gets a copy."""
+    seen, result = set(), {}
+    for key, value in tensors.items():
+        alias = value.numel() and value.data_ptr() in seen
+        seen.add(value.data_ptr())
+        result[key] = value.detach().clone() if alias else value.detach().contiguous()
+    return result
+
+
 def save_module(model: nn.Module, folder: Path, name: str = "model") -> None:
     """Save a module that is not a `PreTrainedModel`: `<name>.safetensors`, and `dendrites.json` if it has dendrites.
 
@@ -229,12 +394,7 @@ def save_module(model: nn.Module, folder: Path, name: str = "model") -> None:
         folder (`Path`): An existing folder.
         name (`str`): Of the file of weights.
     """
-    seen, tensors = set(), {}
-    for key, value in model.state_dict().items():
-        alias = value.numel() and value.data_ptr() in seen
-        seen.add(value.data_ptr())
-        tensors[key] = value.clone() if alias else value.contiguous()
-    save_file(tensors, folder / f"{name}.safetensors", metadata={"format": "pt"})
+    save_file(_distinct(model.state_dict()), folder / f"{name}.safetensors", metadata={"format": "pt"})
     (folder / MODULE).unlink(missing_ok=True)
     if layers_with_dendrites(model):
         config = dendrite_config(model, f"{name}.safetensors").to_dict()
@@ -298,12 +458,15 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     """
     files = weight_files(folder)
     shapes, own = read_shapes(files), model.state_dict()
+    base = read_base(files[0])  # a checkpoint of a training with a frozen base holds what is trained
+    check_base(model, own, base, f"the checkpoint {folder.name}")
     ignored = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_save", None) or ()]
     loaded = {value.data_ptr() for name, value in own.items() if name in shapes and value.numel()}
     missing = [
         name
         for name, value in own.items()
         if name not in shapes
+        and name not in base
         and value.numel()
         and value.data_ptr() not in loaded  # a tied weight is written once
         and not any(pattern.search(name) for pattern in ignored)
@@ -320,7 +483,7 @@ def load_weights(model: nn.Module, folder: Path) -> None:
                 own[name].copy_(weights.get_tensor(name))
 
 
-def dendrite_config(model: nn.Module, weights: str = WEIGHTS) -> DendriteConfig:
+def dendrite_config(model: nn.Module, weights: str = WEIGHTS, base: dict | None = None) -> DendriteConfig:
     """The `DendriteConfig` of a model with dendrites. ValueError if its dendrites have several activations."""
     layers, activations = {}, set()
     for name, module in layers_with_dendrites(model).items():
@@ -338,14 +501,18 @@ def dendrite_config(model: nn.Module, weights: str = WEIGHTS) -> DendriteConfig:
         raise ValueError(
             f"All dendrites of a model need one activation to be saved, not {', '.join(sorted(activations))}"
         )
-    return DendriteConfig(layers, activations.pop(), weights)
+    return DendriteConfig(layers, *(activations or {"sigmoid"}), weights, base=base)
 
 
 class _Model(_Reduced):
     """A model whose `save_pretrained` writes what `from_pretrained` above reads."""
 
-    def save_pretrained(self, save_directory, *args, push_to_hub=False, variant=None, **kwargs):
-        """As in transformers. A model with dendrites is saved under one name only, so `variant` is not read."""
+    def save_pretrained(self, save_directory, *args, push_to_hub=False, variant=None, dendrites_only=False, **kwargs):
+        """As in transformers. A model with dendrites is saved under one name only, so `variant` is not read.
+
+        With `dendrites_only=True` what was trained is saved, and the name of the frozen base."""
+        if dendrites_only:
+            return save_dendrites(self, Path(save_directory))
         if not layers_with_dendrites(self):
             return super().save_pretrained(save_directory, *args, push_to_hub=push_to_hub, variant=variant, **kwargs)
         names = "repo_id", "commit_message", "create_pr", "private", "revision", "token"
@@ -410,6 +577,44 @@ def _patch_save_pretrained():
 
     save_pretrained.knows_dendrites = True
     transformers.PreTrainedModel.save_pretrained = save_pretrained
+
+
+def check_savable(model: nn.Module) -> None:
+    """Raise ValueError unless dendrites alone can be saved of a model: the base has a name, and something is frozen."""
+    if not base_of(model):
+        raise ValueError(
+            f"dendrites_only: this {type(model).__name__} does not know the name of its base; load it with "
+            "from_pretrained, or set model.config._name_or_path"
+        )
+    if all(p.requires_grad for p in model.parameters()):
+        raise ValueError("dendrites_only: nothing of this model is frozen, all of it was trained; use freeze_base")
+
+
+def save_dendrites(model: nn.Module, folder: Path) -> None:
+    """Save what was trained of a model, with the name and the fingerprints of its frozen base.
+
+    Args:
+        model (`PreTrainedModel`): Some of its parameters are frozen.
+        folder (`Path`): Made if it is not there.
+
+    Raises:
+        ValueError: If the base has no name, or nothing is frozen.
+    """
+    check_savable(model)
+    base, trained, frozen = base_of(model), trained_part(model), frozen_part(model)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _config_with(model, dendrite_config(model, base=base)):
+        model.config.architectures = [type(model).__name__]
+        model.config.dtype = str(model.dtype).removeprefix("torch.")
+        model.config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+    for name in (INDEX, *_STOCK_NAMES):
+        (folder / name).unlink(missing_ok=True)
+    metadata = {"format": "pt", BASE: json.dumps(fingerprints(model, frozen))}
+    save_file(_distinct(trained), folder / WEIGHTS, metadata=metadata)
+    if f"{CODE}." in str(getattr(model.config, "auto_map", "")):
+        write_code(folder)
 
 
 def code_of_dendrites() -> dict[str, str]:

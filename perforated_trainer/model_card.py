@@ -167,6 +167,56 @@ def _block(lines: list[str]) -> str:
     return "\n".join(["", "```python", *lines, "```", ""])
 
 
+def dendrites_card(model_class: str, base: dict, layers: dict[str, int], trained: int) -> str:
+    """The README.md of a folder that holds dendrites without their base.
+
+    Args:
+        model_class (`str`): Name of the model's class.
+        base (`dict`): As `sharing.base_of` returns it.
+        layers (`dict[str, int]`): Number of dendrites of each layer that has some, by its name.
+        trained (`int`): Number of parameters in the folder.
+
+    Returns:
+        `str`: The text, with YAML front matter.
+    """
+    number = max(layers.values(), default=0)
+    name, on_the_hub = base["name"], re.fullmatch(r"[\w.-]+/[\w.-]+", base["name"])
+    metadata = ModelCardData(
+        library_name="transformers",
+        tags=["perforated-ai", "dendrites"],
+        base_model=name if on_the_hub else None,
+    )
+    quantized = f", quantized ({base['quantized']})" if base.get("quantized") else ""
+    place = "" if on_the_hub else " That is the name by which it was loaded, and may be a path of another machine."
+    alone = f"""
+Or in one call, if the base can be found by its name:
+
+```python
+import perforated_trainer
+from transformers import {model_class}
+
+model = {model_class}.from_pretrained("this folder")
+```
+"""
+    return f"""---
+{metadata.to_yaml()}
+---
+# Dendrites for {_one_line(name)}
+
+The {trained:,} trained parameters of a `{model_class}`: {count(number, "dendrite")} per layer in
+{count(len(layers), "layer")}, and what was trained next to them. The base, {_one_line(name)}{quantized}, is not in this
+folder.{place}
+
+```python
+from perforated_trainer import load_dendrites
+from transformers import {model_class}
+
+base = {model_class}.from_pretrained({_quoted(name)})
+model = load_dendrites(base, "this folder")
+```
+{"" if quantized else alone}"""
+
+
 def _eval_results(scores, final, without, has_dendrites, task, data) -> list[EvalResult]:
     """The scores for `model-index`. Dendrites and parameters are metrics of the last part of the data, the test's."""
 

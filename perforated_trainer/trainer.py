@@ -6,6 +6,7 @@ two steps, after the evaluation that decides; the data, the log, the callbacks a
 Written for transformers 5.5 to 5.24.
 """
 
+import contextlib
 import inspect
 import math
 import pickle
@@ -72,7 +73,8 @@ class PerforatedTrainer(ExportingTrainer):
         refuse_other_variant()
         if kwargs.get("model_init") is not None:
             raise PerforatedError("model_init: pass the model; for a search, examples/optuna_sweep.py runs each trial")
-        super().__init__(*args, **kwargs)
+        with _compat.quantized_base_accepted(kwargs.get("model", args[0] if args else None)):
+            super().__init__(*args, **kwargs)
         if self.optimizer is not None or self.lr_scheduler is not None:
             raise PerforatedError(
                 "optimizers=(optimizer, scheduler): each dendrite needs new ones; pass optimizer_cls_and_kwargs and "
@@ -100,7 +102,7 @@ class PerforatedTrainer(ExportingTrainer):
         # What comes into an empty folder before the training, such as scores of the model as it was, is of this run.
         self._was_free = not self.run_dir.is_dir() or not any(self.run_dir.iterdir())
         self.test_metrics, self._last_metrics, self._data, self._test_loader = {}, {}, None, None
-        self.decision, self._began = Decision.CONTINUE, time.monotonic()
+        self.decision, self._began, self._unwatched = Decision.CONTINUE, time.monotonic(), set()
         self.stop_signal = StopSignalCallback()
         for callback in (StockProgressCallback, PrinterCallback):
             self.remove_callback(callback)
@@ -202,6 +204,7 @@ class PerforatedTrainer(ExportingTrainer):
         self.model_wrapped = self.model
         _compat.forget_preparation(self.model)
         self._began = time.monotonic()
+        self._unwatched = set() if self.args.torch_compile else {"training", "evaluation"}
         hooks = self.growth.watch_outputs()
         try:
             with self.stop_signal:
@@ -238,7 +241,7 @@ class PerforatedTrainer(ExportingTrainer):
             )
 
     def _print_start(self) -> None:
-        """Print what is known before the training: the layers, the direction of the metric, settings that cannot work."""
+        """Print what is known before the training: layers, direction of the metric, settings that cannot work."""
         args = self.args
         lines = [report.no_dendrite_can_come(self.dendrite_args, args, self.train_dataset, self._callbacks())]
         lines += [schedule.explanation(self.dendrite_args, args), check_direction(args), report.direction(args)]
@@ -273,9 +276,7 @@ class PerforatedTrainer(ExportingTrainer):
             self.decision = self.growth.add_score(
                 score, step=step, end_of_cycle=self._ends_cycle(step), extra=extra, test=test, learning_rate=lr
             )
-        for note in self.growth.notes:
-            say(note)
-        self.growth.notes.clear()
+        self._print_notes()
         if self.decision is Decision.COMPLETE and not fits:
             size, limit = self.growth.size_with_one_more(), self.dendrite_args.max_parameters
             say(f"one more dendrite would make {size:,} parameters, --max_parameters is {limit:,}: none is added")
@@ -301,8 +302,10 @@ class PerforatedTrainer(ExportingTrainer):
         self._prepare_for_training(self._steps_of_schedule, loader, None)
         self._counted = self.num_parameters
         for callback in self._callbacks():
-            if isinstance(callback, EarlyStoppingCallback):  # each dendrite gets the full patience
-                callback.early_stopping_patience_counter = 0
+            if isinstance(
+                callback, EarlyStoppingCallback
+            ):  # each dendrite gets the full patience after its first score
+                callback.early_stopping_patience_counter = -1
         change = f"{before} -> {report.count(self.num_dendrites, 'dendrite')}"
         if self.decision is Decision.RETRY:
             change = f"dendrite {before} did not improve the score; retrying with new weights"
@@ -319,7 +322,24 @@ class PerforatedTrainer(ExportingTrainer):
     def training_step(self, model, *args, **kwargs):
         """As in `Trainer`, with the wrapper of the network as it is now."""
         self.growth.changed()
-        return super().training_step(model if self.args.torch_compile else self.model_wrapped, *args, **kwargs)
+        model = model if self.args.torch_compile else self.model_wrapped
+        if "training" in self._unwatched:
+            with self._watch("training"):
+                return super().training_step(model, *args, **kwargs)
+        return super().training_step(model, *args, **kwargs)
+
+    @contextlib.contextmanager
+    def _watch(self, mode: str):
+        """The first pass in training and in evaluation shows layers that the model reads without calling them."""
+        self._unwatched.discard(mode)
+        with self.growth.watch_reads():
+            yield
+        self._print_notes()
+
+    def _print_notes(self) -> None:
+        for note in self.growth.notes:
+            say(note)
+        self.growth.notes.clear()
 
     @property
     def _max_steps_of_arguments(self) -> int:
@@ -482,7 +502,9 @@ class PerforatedTrainer(ExportingTrainer):
         accelerate repeats examples there. Their predictions are cut off when they are gathered, but the stock loss is a
         mean over them too and so depends on the number of processes.
         """
-        output = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys, **kwargs)
+        watched = self.is_in_train and "evaluation" in self._unwatched
+        with self._watch("evaluation") if watched else contextlib.nullcontext():
+            output = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys, **kwargs)
         data = self.accelerator.gradient_state
         if self.args.world_size > 1 and data.end_of_dataloader and data.remainder > 0 and output[0] is not None:
             size = len(next(iter(inputs.values())))

@@ -1,4 +1,4 @@
-"""Layers whose weights other code reads instead of calling the layer: a dendrite on one would be trained or used in part.
+"""Layers whose weights other code reads instead of calling the layer: their dendrites would be left out there.
 
 The source of each module's class is searched for expressions such as `self.conv.weight`. Attributes that say nothing
 about
@@ -6,10 +6,12 @@ the values (`self.out.weight.dtype`) do not count, nor do methods that run when 
 """
 
 import ast
+import contextlib
 import inspect
 import linecache
 import re
 import sys
+from collections.abc import Iterator
 from functools import cache
 
 from torch import nn
@@ -130,3 +132,49 @@ def _classes(module: str) -> dict[str, ast.ClassDef]:
     except (SyntaxError, RecursionError, ValueError):
         return {}
     return found
+
+
+@contextlib.contextmanager
+def watch_reads(model: nn.Module, names: list[str]) -> Iterator[dict[str, bool]]:
+    """Watch one pass: which of the layers have their weights read although nothing calls them.
+
+    What no source shows: a weight that is read through another name, or in a class whose source is not available.
+
+    Args:
+        model (`nn.Module`): Its layers get another class for the time of a `with` block.
+        names (`list[str]`): Of the layers.
+
+    Yields:
+        `dict`: After the block, for each layer whose weights were read outside of its forward: whether it was called.
+    """
+    found, called, inside, before = {}, set(), [], {}
+    for name in names:
+        module = model.get_submodule(name)
+        if module not in before and "weight" in module._parameters:
+            before[module] = type(module)
+            module.__class__ = _watched(type(module), name, found, called, inside)
+    try:
+        yield found
+    finally:
+        for module, cls in before.items():
+            module.__class__ = cls
+        found.update({name: name in called for name in found})
+
+
+def _watched(cls, name, found, called, inside):
+    def __getattr__(self, attribute):
+        value = super(watched, self).__getattr__(attribute)
+        if attribute in ("weight", "bias") and not inside:
+            found.setdefault(name, False)
+        return value
+
+    def forward(self, *args, **kwargs):
+        called.add(name)
+        inside.append(name)
+        try:
+            return super(watched, self).forward(*args, **kwargs)
+        finally:
+            inside.pop()
+
+    watched = type(cls.__name__, (cls,), {"__getattr__": __getattr__, "forward": forward, "__module__": cls.__module__})
+    return watched

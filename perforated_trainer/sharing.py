@@ -1,0 +1,122 @@
+"""The frozen base of a model with dendrites: which part was trained next to it, its name, and how it is recognized.
+
+A file of dendrites alone has the fingerprint of each tensor of its base in its metadata. A copy of this file is saved
+next to models as custom code, so it imports nothing of the package.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import weakref
+import zlib
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+BASE = "base"  # the entry of the metadata
+_known = weakref.WeakKeyDictionary()  # fingerprints by model and name: a frozen tensor is read once
+
+
+def base_of(model: nn.Module) -> dict | None:
+    """Name of the model that `from_pretrained` loaded, a folder or one on the Hub with its revision; None if unknown.
+
+    A model that was loaded with its dendrites has the name of their base.
+    """
+    if "dendrites_base" in vars(model):
+        return {name: value for name, value in model.dendrites_base.items() if name != "trained"}
+    config = getattr(model, "config", None)
+    if not (name := getattr(config, "_name_or_path", None)):
+        return None
+    revision = None if os.path.isdir(name) else getattr(config, "_commit_hash", None)
+    method = quantization(model)
+    own = {"name": name, "revision": revision, "quantized": method, "dtype": str(model.dtype).removeprefix("torch.")}
+    return {name: value for name, value in own.items() if value}
+
+
+def is_quantized(tensor: torch.Tensor) -> bool:
+    """Whether a tensor stands for values that it does not hold as they are."""
+    return hasattr(tensor, "__tensor_flatten__") or not (tensor.is_floating_point() or tensor.is_complex())
+
+
+def quantization(model: nn.Module) -> str | None:
+    """The method by which weights of a model are quantized, or their type; None if they are not."""
+    weight = next((p for p in model.parameters() if is_quantized(p)), None)
+    if weight is None:
+        return None
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    method = config.get("quant_method") if isinstance(config, dict) else getattr(config, "quant_method", None)
+    return str(getattr(method, "value", method) or type(weight).__name__)
+
+
+def trained_part(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What a training changes: the parameters that are trained, and the buffers that are saved, such as running means.
+
+    Buffers that hold many integers are weights of a quantized layer.
+    """
+    saved = model.state_dict()
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    buffers = {name: b for name, b in model.named_buffers() if name in saved and (not is_quantized(b) or b.ndim == 0)}
+    return trained | buffers
+
+
+def frozen_part(model: nn.Module) -> dict[str, torch.Tensor]:
+    """All that is saved of a model but its trained part."""
+    trained = trained_part(model)
+    return {n: t for n, t in model.state_dict().items() if n not in trained and isinstance(t, torch.Tensor)}
+
+
+def fingerprint(tensor: torch.Tensor) -> str:
+    """Type, shape and a checksum of a tensor's values."""
+    checksum, parts = 0, [tensor.detach()]
+    while parts:
+        part = parts.pop()
+        if hasattr(part, "__tensor_flatten__"):
+            parts += [getattr(part, name) for name in part.__tensor_flatten__()[0]]
+        else:
+            values = part.to("cpu").contiguous().reshape(-1).view(torch.uint8)
+            checksum = zlib.crc32(values.numpy(), checksum)
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} {checksum:08x}"
+
+
+def fingerprints(model: nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, str]:
+    """The fingerprint of each of a model's tensors, by name."""
+    known, result = _known.setdefault(model, {}), {}
+    for name, tensor in tensors.items():
+        version = id(tensor.untyped_storage()._cdata) if hasattr(tensor, "__tensor_flatten__") else tensor.data_ptr()
+        version = version, tensor._version
+        if name not in known or known[name][0] != version or not tensor.numel():
+            known[name] = version, fingerprint(tensor)
+        result[name] = known[name][1]
+    return result
+
+
+def check_base(model: nn.Module, tensors: dict[str, torch.Tensor], expected: dict[str, str], what: str) -> None:
+    """Raise ValueError, with names, unless a model has the base that dendrites were trained on.
+
+    Args:
+        model (`nn.Module`): The model.
+        tensors (`dict`): Its tensors, by the names of `expected`.
+        expected (`dict`): Fingerprint of each tensor of the base.
+        what (`str`): What is loaded, for the message.
+    """
+    missing = sorted(expected.keys() - tensors.keys())
+    own = fingerprints(model, {name: tensors[name] for name in expected if name in tensors})
+    wrong = [f"{name} is missing" for name in missing]
+    for name, found in own.items():
+        (*kind, _), (*needed, _) = found.split(" "), expected[name].split(" ")
+        if kind != needed:
+            wrong.append(f"{name} is {' '.join(kind)}, {' '.join(needed)} is needed")
+        elif found != expected[name]:
+            wrong.append(f"{name} has other values")
+    if wrong:
+        more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise ValueError(f"{what} was trained on another base: {', '.join(wrong[:3])}{more}")
+
+
+def read_base(file: str | Path) -> dict[str, str]:
+    """The fingerprints in a file of dendrites alone; empty for a file of a whole model."""
+    with safe_open(file, framework="pt") as weights:
+        return json.loads((weights.metadata() or {}).get(BASE, "{}"))
