@@ -76,11 +76,11 @@ def run(
         os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(Path("no-cache").resolve())}
     import mnist_huggingface_perforatedai as script
     from perforated_trainer import PerforatedTrainer
-    from perforated_trainer.control import ControlTracker
+    from perforated_trainer.baseline import Baseline
 
     if widths:
         script.MnistCnnConfig = functools.partial(script.MnistCnnConfig, widths=widths)
-        ControlTracker.same_network = False
+        Baseline.same_network = False
     seconds, train = [], PerforatedTrainer.train
 
     def timed(*args, **kwargs):

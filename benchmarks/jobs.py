@@ -62,7 +62,7 @@ def train_and_record(trainer, name: str) -> dict:
     seconds = time.process_time() - start
     parts = {"train": trainer.train_dataset, "validation": trainer.eval_dataset, "test": trainer.test_dataset}
     trainer.save_results({"name": name} | {part: len(data) for part, data in parts.items()})
-    return of_run(trainer.run_folder) | {"cpu_seconds": round(seconds, 1)}
+    return of_run(trainer.run_dir) | {"cpu_seconds": round(seconds, 1)}
 
 
 def git(*arguments: str) -> str:

@@ -155,7 +155,7 @@ class DendriteArguments:
     control_of: str | None = HfArg(
         default=None,
         help="Folder of a finished run. Trains a step-matched baseline without dendrites and reports the difference "
-        "with a 95% confidence interval.",
+        "with its confidence interval.",
     )
     overwrite_run: bool = HfArg(default=False, help="Replace the run that the folder already holds.")
 

@@ -60,7 +60,7 @@ def perforate(model: nn.Module, dendrite_args: DendriteArguments, training_args:
     Raises:
         PerforatedError: If something cannot work. The model is then unchanged.
     """
-    second = _delete_second_body(model)
+    second = _delete_second_body(model) if isinstance(model, nn.Module) else None
     try:
         plan = plan_dendrites(model, dendrite_args, training_args)
     except PerforatedError:
@@ -119,7 +119,6 @@ def plan_dendrites(model: nn.Module, dendrite_args: DendriteArguments, training_
     _check_quantized(model, args)
     plan = _choose(model, args)
     if args.freeze_base:
-        plan.trained = _trained_next_to_dendrites(model, args)
         initial = args.doing_pai and args.num_initial_dendrites and plan.names
         begins = initial or layers.layers_with_dendrites(model)
         if not plan.trained and (args.control_of or not begins):
@@ -159,8 +158,8 @@ def _check_quantized(model: nn.Module, args: DendriteArguments) -> None:
             )
         if not all(map(sharing.base_of, outermost_models(model))):
             raise PerforatedError(
-                f"{type(model).__name__} is quantized and has no name by which it can be loaded again, so its dendrites "
-                "could not be saved: load it with from_pretrained"
+                f"{type(model).__name__} is quantized and has no name by which it can be loaded again, so its "
+                "dendrites could not be saved: load it with from_pretrained"
             )
 
 
@@ -223,6 +222,9 @@ def _choose(model: nn.Module, args: DendriteArguments) -> Plan:
     }
     outputs = {part.get_output_embeddings() for part in outermost_models(model)} - {None}
     reads, plan, joined = layers_read(model), Plan([]), set()
+    if args.freeze_base:
+        plan.trained = _trained_next_to_dendrites(model, args)
+    trained = {id(model.get_parameter(name)) for name in plan.trained}
     for name, module in model.named_modules():
         path, kind = {name, *(name[:i] for i, letter in enumerate(name) if letter == ".")}, kind_of(module)
         if path & set(plan.names) or name in joined or _is_part_of_dendrites(path, grown):
@@ -249,8 +251,8 @@ def _choose(model: nn.Module, args: DendriteArguments) -> Plan:
                 reason = "weights are tied"
             elif frozen:
                 reason = "frozen"
-            elif args.freeze_base and name and _is_new(module):
-                reason = "newly initialized, trained in full"
+            elif own and all(id(p) in trained for p in own):
+                reason = "trained in full"
         if reason is None and args.dendrite_rank and name not in grown:
             reason = _no_low_rank(module, args.dendrite_rank)
             if reason and name in asked:
@@ -284,11 +286,6 @@ def _no_low_rank(module: nn.Module, rank: int) -> str | None:
     except ValueError:
         return "cannot have dendrites of low rank"
     return None if rank < smallest else f"has a smaller side of {smallest}, not above the rank"
-
-
-def _is_new(module: nn.Module) -> bool:
-    own = list(module.parameters(recurse=False))
-    return bool(own) and all(map(_compat.is_new, own))
 
 
 def _trained_next_to_dendrites(model: nn.Module, args: DendriteArguments) -> list[str]:
@@ -333,6 +330,8 @@ def dendrite_size(model: nn.Module, name: str, plan: Plan, args: DendriteArgumen
     neurons = parameter_count.neurons_of(module)
     if args.dendrite_rank:
         return parameter_count.of_low_rank(module, args.dendrite_rank, neurons), neurons
+    if layers.can_fuse(module) and name not in plan.norms:
+        return parameter_count.of_full_rank(module, neurons), neurons
     own = sum(p.numel() for n, p in module.named_parameters() if not n.startswith("dendrite"))
     if norm := plan.norms.get(name):
         parent = model.get_submodule(name.rpartition(".")[0])

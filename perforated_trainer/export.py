@@ -98,9 +98,7 @@ class ExportingTrainer(Trainer):
             base = sharing.base_of(self.model)
             if Path(base["name"]).is_dir():
                 say(f"note: the base is known by a path of this machine, {base['name']}, which is stored as its name")
-            folder, size = Path(output_dir or self.args.output_dir), self._number_of_trained()
-            card = model_card.dendrites_card(type(self.model).__name__, base, self._numbers_of_dendrites(), size)
-            checkpoint.write_whole(folder / "README.md", card)
+            self._write_dendrites_card(Path(output_dir or self.args.output_dir))
 
     _dendrites_only = False
 
@@ -109,8 +107,12 @@ class ExportingTrainer(Trainer):
             raise ValueError(f"dendrites_only: a {type(self.model).__name__} has no from_pretrained; save all of it")
         loading.check_savable(self.model)
 
-    def _number_of_trained(self) -> int:
-        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+    def _write_dendrites_card(self, folder: Path) -> None:
+        if self.args.should_save:
+            size = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+            arguments = sharing.base_of(self.model), self._numbers_of_dendrites(), size
+            card = model_card.dendrites_card(type(self.model).__name__, *arguments)
+            checkpoint.write_whole(folder / "README.md", card)
 
     def _saves_dendrites_only(self, folder: Path) -> bool:
         """Whether the frozen base is left out: if that is asked for, if it is quantized, and in checkpoints."""
@@ -216,7 +218,18 @@ class ExportingTrainer(Trainer):
     def create_model_card(self, *args, **kwargs) -> None:
         """Write the model's README.md into `output_dir`; after `save_results`, with its scores and how to load it."""
         results, numbers = getattr(self, "results", None), self._numbers_of_dendrites()
-        if results is None or not isinstance(self.model, PreTrainedModel):
+        if isinstance(self.model, PreTrainedModel) and sharing.quantization(self.model):
+            self._write_dendrites_card(Path(self.args.output_dir))  # the base is not saved with them
+        elif not hasattr(self.model, "config"):  # the stock card reads it to name the model that it was made from
+            super().create_model_card(*args, **{"finetuned_from": ""} | kwargs)
+            path = Path(self.args.output_dir, "README.md")
+            if path.is_file() and self.is_world_process_zero():
+                text, nothing = (
+                    path.read_text(encoding="utf-8"),
+                    "is a fine-tuned version of [](https://huggingface.co/)",
+                )
+                checkpoint.write_whole(path, text.replace(nothing, "was trained from scratch"))
+        elif results is None or not isinstance(self.model, PreTrainedModel):
             super().create_model_card(*args, **kwargs)
         elif self.is_world_process_zero():
             kind, processor = type(self.model), self.processing_class

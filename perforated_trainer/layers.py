@@ -186,7 +186,7 @@ def _add_low_rank(output, hidden, up, bias, between, to_output, activation):
     return _combine(output, sums, between, to_output, activation, -1)
 
 
-_BLOCK = 2**16  # numbers that a CPU's cache holds several times
+_BLOCK = 2**17  # numbers that a CPU's cache holds several times
 
 
 def _blocks(rows):

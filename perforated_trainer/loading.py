@@ -459,7 +459,7 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     files = weight_files(folder)
     shapes, own = read_shapes(files), model.state_dict()
     base = read_base(files[0])  # a checkpoint of a training with a frozen base holds what is trained
-    check_base(model, own, base, f"the checkpoint {folder.name}")
+    check_base(model, own, base, "it")
     ignored = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_save", None) or ()]
     loaded = {value.data_ptr() for name, value in own.items() if name in shapes and value.numel()}
     missing = [

@@ -22,10 +22,19 @@ def neurons_of(module: nn.Module) -> int:
 
 def of_low_rank(module: nn.Module, rank: int, neurons: int) -> int:
     """Parameters of a dendrite of low rank: two thin matrices and a bias."""
-    inputs = getattr(module, "in_features", getattr(module, "nx", None))
-    if inputs is None:
-        inputs = module.in_channels * math.prod(module.kernel_size)
-    return rank * (inputs + neurons) + neurons
+    return rank * (_inputs(module) + neurons) + neurons
+
+
+def of_full_rank(module: nn.Module, neurons: int) -> int:
+    """Parameters of a layer's weight and bias, also where torch computes the weight of others, as weight norm does."""
+    return _inputs(module) * neurons + (0 if module.bias is None else neurons)
+
+
+def _inputs(module: nn.Module) -> int:
+    """Inputs of each neuron of a layer."""
+    if hasattr(module, "kernel_size"):
+        return module.in_channels // module.groups * math.prod(module.kernel_size)
+    return getattr(module, "in_features", getattr(module, "nx", None))
 
 
 def of_dendrite(parameters: int, neurons: int, number: int) -> int:

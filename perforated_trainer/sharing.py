@@ -68,16 +68,19 @@ def frozen_part(model: nn.Module) -> dict[str, torch.Tensor]:
     return {n: t for n, t in model.state_dict().items() if n not in trained and isinstance(t, torch.Tensor)}
 
 
+def _stored(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors that hold the values of a tensor: itself, or the parts of a quantized one."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor]
+    return [part for name in tensor.__tensor_flatten__()[0] for part in _stored(getattr(tensor, name))]
+
+
 def fingerprint(tensor: torch.Tensor) -> str:
     """Type, shape and a checksum of a tensor's values."""
-    checksum, parts = 0, [tensor.detach()]
-    while parts:
-        part = parts.pop()
-        if hasattr(part, "__tensor_flatten__"):
-            parts += [getattr(part, name) for name in part.__tensor_flatten__()[0]]
-        else:
-            values = part.to("cpu").contiguous().reshape(-1).view(torch.uint8)
-            checksum = zlib.crc32(values.numpy(), checksum)
+    checksum = 0
+    for part in _stored(tensor.detach()):
+        values = part.to("cpu").contiguous().reshape(-1).view(torch.uint8)
+        checksum = zlib.crc32(values.numpy(), checksum)
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} {checksum:08x}"
 
 
@@ -85,9 +88,8 @@ def fingerprints(model: nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str
     """The fingerprint of each of a model's tensors, by name."""
     known, result = _known.setdefault(model, {}), {}
     for name, tensor in tensors.items():
-        version = id(tensor.untyped_storage()._cdata) if hasattr(tensor, "__tensor_flatten__") else tensor.data_ptr()
-        version = version, tensor._version
-        if name not in known or known[name][0] != version or not tensor.numel():
+        version = [(part.data_ptr(), part._version, part.dtype) for part in _stored(tensor)]  # changes with its values
+        if name not in known or known[name][0] != version:
             known[name] = version, fingerprint(tensor)
         result[name] = known[name][1]
     return result

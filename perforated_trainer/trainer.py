@@ -13,6 +13,7 @@ import pickle
 import random
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -108,10 +109,11 @@ class PerforatedTrainer(ExportingTrainer):
             self.remove_callback(callback)
         patience = None if self._fixed else self.dendrite_args.n_epochs_to_switch
         self.progress = DendriteProgressCallback(self.score_name, self.args.greater_is_better, patience)
-        self.plot = PlotCallback(self)
-        callbacks = [self.stop_signal, SaveCallback(), FiniteLossCallback(), self.progress, DendriteCallback(self)]
+        own = weakref.proxy(self)  # without a cycle of references, "del trainer" frees the model and the data loaders
+        self.plot = PlotCallback(own)
+        callbacks = [self.stop_signal, SaveCallback(), FiniteLossCallback(), self.progress, DendriteCallback(own)]
         if self._fixed:
-            callbacks.insert(0, schedule.CycleEndCallback(self._ends_cycle))
+            callbacks.insert(0, schedule.CycleEndCallback(lambda step: own._ends_cycle(step)))
         if isinstance(self.growth, Baseline):
             callbacks.append(self.growth.callback)
         for callback in (*callbacks, self.plot):
@@ -123,7 +125,8 @@ class PerforatedTrainer(ExportingTrainer):
         kind = Baseline if self.dendrite_args.control_of else Growth
         more = {"from_command_line": from_command_line(self.args)} if kind is Baseline else {}
         metric, greater = self.args.metric_for_best_model, bool(self.args.greater_is_better)
-        self.growth = kind(self.model, self.dendrite_args, plan, metric, greater, **more)
+        with disk_errors("the temporary files of perforatedai", self.run_dir):
+            self.growth = kind(self.model, self.dendrite_args, plan, metric, greater, **more)
 
     @property
     def run_dir(self) -> Path:

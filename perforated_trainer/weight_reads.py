@@ -1,8 +1,7 @@
 """Layers whose weights other code reads instead of calling the layer: their dendrites would be left out there.
 
 The source of each module's class is searched for expressions such as `self.conv.weight`. Attributes that say nothing
-about
-the values (`self.out.weight.dtype`) do not count, nor do methods that run when a model is made.
+about the values (`self.out.weight.dtype`) do not count, nor do methods that run when a model is made.
 """
 
 import ast
@@ -149,7 +148,9 @@ def watch_reads(model: nn.Module, names: list[str]) -> Iterator[dict[str, bool]]
     """
     found, called, inside, before = {}, set(), [], {}
     for name in names:
-        module = model.get_submodule(name)
+        module, parent = model.get_submodule(name), model.get_submodule(name.rpartition(".")[0])
+        if isinstance(parent, _COMPUTED_IN_FULL):
+            continue  # with dendrites it calls the layer
         if module not in before and "weight" in module._parameters:
             before[module] = type(module)
             module.__class__ = _watched(type(module), name, found, called, inside)

@@ -1,3 +1,4 @@
+import gc
 import os
 from pathlib import Path
 
@@ -35,9 +36,9 @@ def small():
 
 # What trains whole runs or starts many processes: minutes, not seconds. `pytest -m "not slow"` leaves it out.
 SLOW = set(
-    "test_bert test_campaign test_control test_deploy test_dropin test_faults test_finetune test_fixed test_fused "
-    "test_loading test_machines test_models test_oldest test_processes test_python test_resume test_script test_sweep "
-    "test_tasks test_throughput".split()
+    "test_bert test_campaign test_baseline test_deploy test_dropin test_faults test_finetune test_fixed test_fused "
+    "test_growth test_loading test_machines test_models test_oldest test_processes test_python test_resume test_script "
+    "test_sweep test_tasks test_throughput test_trainer".split()
 )
 
 
@@ -45,3 +46,11 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.path.stem in SLOW:
             item.add_marker("slow")
+
+
+def pytest_collection_finish():
+    gc.freeze()  # the Trainer collects garbage with each training: most of a second in what was imported
+
+
+def pytest_unconfigure():
+    gc.unfreeze()  # else native libraries report leaks when Python ends

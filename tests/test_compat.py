@@ -9,12 +9,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import is_lomo_available
+from perforated_trainer.scaffold import GPA, MPA, UPA
+from perforated_trainer.tracker import Decision, DendriteTracker
 from transformers import Trainer, TrainingArguments
 
 import mnist_huggingface_perforatedai as mnist
 from perforated_trainer import DendriteArguments, PerforatedTrainer, _compat, layers, perforate, scaffold
-from perforated_trainer.scaffold import GPA, MPA, UPA
-from perforated_trainer.tracker import Decision, DendriteTracker
 
 # ---------------------------------------------------------------------------------------------------------- safetensors
 

@@ -1,108 +1,110 @@
-"""A layer and its dendrites as one product while training, compared with the library's own forward."""
+"""Layers with dendrites compared with the forward of perforatedai's own layers, and with the plain layer."""
 
 import copy
 
-import models
 import pytest
 import torch
-from test_models import NAMES, trainer_for
-from transformers import TrainerCallback
+from test_layers import KINDS, LAYERS, parts
 
-from perforated_trainer import layers
-from perforated_trainer.tracker import DendriteTracker
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+from perforated_trainer import DendriteArguments, layers
+from perforated_trainer.pai import GPA, MPA, UPA, PAITracker
 
 
-def outputs_and_gradients(trainer, batch):
-    model = trainer.model.eval()  # no dropout
-    model.zero_grad()
-    output = model(**copy.deepcopy(batch))
-    output.loss.backward()
-    return output.logits.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+@pytest.fixture(scope="module")
+def library():
+    """perforatedai with the settings and the tracker of a run."""
+    tracker = PAITracker(DendriteArguments(), "loss", False)
+    with tracker._installed():
+        yield
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_logits_and_gradients_are_the_librarys(name):
-    """With each number of dendrites up to three, some numbers of theirs made large: new ones do nothing yet."""
-    torch.manual_seed(0)
-    trainer, seen = trainer_for(name, models.build(name), max_steps=100), set()
-    batch = trainer.data_collator([dict(row) for row in models.rows(name)[:8]])
-
-    class Compare(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            tracker = DendriteTracker.current
-            if tracker.num_dendrites in seen:
-                return
-            seen.add(tracker.num_dendrites)
-            with torch.no_grad():
-                for key, parameter in trainer.model.named_parameters():
-                    if "dendrites_to" in key:
-                        parameter.copy_(torch.randn_like(parameter))
-            results = []
-            for fused in (True, False):
-                with tracker.forward(fused=fused):
-                    results.append(outputs_and_gradients(trainer, batch))
-            (ours, our_gradients), (theirs, their_gradients) = results
-            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6 * max(1.0, float(theirs.abs().max())))
-            assert our_gradients.keys() == their_gradients.keys()
-            for key, gradient in their_gradients.items():
-                scale = max(1.0, float(gradient.abs().max()))
-                torch.testing.assert_close(our_gradients[key], gradient, rtol=1e-4, atol=2e-6 * scale, msg=key)
-            trainer.model.zero_grad()
-
-    trainer.add_callback(Compare())
-    trainer.train()
-    assert seen == {0, 1, 2, 3}
-
-
-def test_a_whole_run_is_the_same_within_what_floating_point_allows():
-    scores = []
-    for fused in (True, False):
-        torch.manual_seed(0)
-        trainer = trainer_for(
-            "BertForMaskedLM", models.build("BertForMaskedLM"), max_steps=100, fused=fused, overwrite_run=True
-        )
-        trainer.train()
-        assert trainer.num_dendrites == 3
-        scores.append([cycle["best_validation"] for cycle in trainer.cycles()])
-    assert scores[0] == pytest.approx(scores[1], rel=1e-4) and len(scores[0]) == 4
-
-
-@pytest.mark.parametrize("how", [{"gradient_checkpointing": True}, {"bf16": True}, {"torch_compile": True}], ids=str)
-def test_fused_layers_train_with(how):
-    torch.manual_seed(0)
-    trainer = trainer_for("BertForMaskedLM", models.build("BertForMaskedLM"), max_steps=100, training=how)
-    trainer.train()
-    assert trainer.num_dendrites == 3
-
-
-@pytest.mark.parametrize(
-    "name", ["GPT2LMHeadModel", "ResNetForImageClassification", "DistilBertForSequenceClassification"]
-)
-def test_layers_too_large_for_one_product_are_the_same_after_training(name, monkeypatch, tmp_path):
-    """Whatever their size here: each layer and dendrite has a product of its own, in the saved model as well."""
-    assert 2**12 < layers.FUSED_UP_TO < 2**20
-    monkeypatch.setattr(layers, "FUSED_UP_TO", 0)
-    torch.manual_seed(0)
-    trainer = trainer_for(name, models.build(name), max_steps=100)
-    trainer.train()
-    batch = trainer.data_collator([dict(row) for row in models.rows(name)[:8]])
-    deployed = trainer.deployed_model().eval()
-    trainer.save_model("saved")
-    loaded = type(deployed).from_pretrained("saved").eval()
+def of_library(layer, dendrites, to_dendrite, to_output, dim, ndim):
+    """A copy of the layer as perforatedai trains it, with the same dendrites."""
+    module = MPA.PAINeuronModule(copy.deepcopy(layer), ".layer")
+    dimensions = [-1] * ndim
+    dimensions[dim] = 0
+    module.set_this_output_dimensions(dimensions)
+    module.dendrite_module.dendrite_values[0].setup_arrays([6 if d == 0 else 1 for d in dimensions])
+    UPA.simulate_cycles(module, 2 * len(dendrites), doing_pai=True)
+    assert module.dendrite_modules_added == len(dendrites)
+    between = list(module.dendrite_module.dendrites_to_dendrites)[1:]
     with torch.no_grad():
-        trained = trainer.model.eval()(**copy.deepcopy(batch)).logits
-        assert torch.equal(deployed(**copy.deepcopy(batch)).logits, trained)
-        assert torch.equal(loaded(**copy.deepcopy(batch)).logits, trained)
+        for own, given in zip(module.dendrite_module.layers, dendrites, strict=True):
+            own.load_state_dict(given.state_dict())
+        for own, given in zip(between, to_dendrite[1:], strict=True):
+            own.copy_(given)
+        module.dendrites_to_top[len(dendrites) - 1].copy_(to_output)
+    return module
 
 
-def test_small_layers_are_one_product_and_large_ones_are_not():
-    for size, expected in ((256, 1), (257, 3)):
-        layer = torch.nn.Linear(size, size)
-        parts = [layer.weight] * 3, [layer.bias] * 3
-        outputs, _ = layers._product(layer, torch.randn(2, size), 3, *parts)
-        assert len({output.untyped_storage().data_ptr() for output in outputs}) == expected
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_logits_and_gradients_equal_those_of_perforatedai(library, kind, count):
+    layer, dendrites, to_dendrite, to_output, x, dim, _ = parts(kind, count)
+    theirs = of_library(layer, dendrites, to_dendrite, to_output, dim, layer(x).ndim).eval()
+    ours = layers.add_dendrites(copy.deepcopy(layer), count, dim, neurons=6)
+    for i, dendrite in enumerate(dendrites):
+        layers.set_dendrite(ours, i, dendrite.state_dict(), to_dendrite[i], to_output[i])
+    output, expected = ours.eval()(x), theirs(x)
+    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
+    direction = torch.randn_like(output)
+    (output * direction).sum().backward()
+    (expected * direction).sum().backward()
+
+    def grad_of(module, name):
+        return dict(module.named_parameters())[name].grad
+
+    pairs = [(p.grad, grad_of(ours, name)) for name, p in theirs.main_module.named_parameters()]
+    pairs += [(theirs.dendrites_to_top[count - 1].grad, ours.dendrite_to_output.grad)]
+    for i, dendrite in enumerate(theirs.dendrite_module.layers):
+        for name, parameter in dendrite.named_parameters():
+            if hasattr(ours, "dendrites"):
+                gradient = grad_of(ours.dendrites[i], name)
+            else:
+                axis = 1 if name == "weight" and kind == "Conv1D" else 0
+                gradient = grad_of(ours, f"dendrite_{name}").chunk(count, axis)[i]
+            pairs.append((parameter.grad, gradient))
+    for i, between in enumerate(list(theirs.dendrite_module.dendrites_to_dendrites)[1:], 1):
+        pairs.append((between.grad, ours.dendrite_to_dendrite.grad[i * (i - 1) // 2 :][:i]))
+    for expected, gradient in pairs:
+        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5 * max(1.0, float(expected.abs().max())))
+
+
+@pytest.mark.parametrize("activation", ["sigmoid", "relu", "tanh", "gelu"])
+def test_activation_is_the_one_that_perforatedai_applies(library, activation, monkeypatch):
+    layer, dendrites, to_dendrite, to_output, x, dim, _ = parts("linear", 2)
+    monkeypatch.setattr(GPA.pc, "pai_forward_function", layers.ACTIVATIONS[activation])
+    theirs = of_library(layer, dendrites, to_dendrite, to_output, dim, 3)
+    ours = layers.add_dendrites(copy.deepcopy(layer), 2, activation=activation)
+    for i, dendrite in enumerate(dendrites):
+        layers.set_dendrite(ours, i, dendrite.state_dict(), to_dendrite[i], to_output[i])
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_dendrites_with_zero_output_weights_leave_the_layer_equal_to_the_bit(kind):
+    layer, dendrites, to_dendrite, _, x, dim, rank = parts(kind, 3)
+    new = layers.add_dendrites(copy.deepcopy(layer), 3, dim, neurons=6, rank=rank)
+    for i, dendrite in enumerate(dendrites):
+        layers.set_dendrite(new, i, dendrite[1] if rank else dendrite.state_dict(), to_dendrite[i])
+    assert torch.equal(new.eval()(x), layer(x))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(new(x), layer(x))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if layers.can_fuse(LAYERS[kind.partition(", rank")[0]][0]())])
+def test_dendrites_that_are_separate_products_compute_the_same(kind, monkeypatch):
+    layer, dendrites, to_dendrite, to_output, x, dim, rank = parts(kind, 3)
+    new = layers.add_dendrites(layer, 3, rank=rank)
+    for i, dendrite in enumerate(dendrites):
+        weights = dendrite[1] if rank else dendrite.state_dict()
+        layers.set_dendrite(new, i, weights, to_dendrite[i], to_output[i])
+    results = []
+    for limit in (layers.FUSED_UP_TO, 0):
+        monkeypatch.setattr(layers, "FUSED_UP_TO", limit)
+        new.zero_grad()
+        output = new(x)
+        output.square().sum().backward()
+        results.append([output.detach(), *[p.grad for p in new.parameters()]])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-3)

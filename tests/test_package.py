@@ -46,7 +46,7 @@ def python(code, folder, **environment):
     )
 
 
-def test_what_is_imported_is_declared():
+def test_imports_of_the_package_are_declared():
     used = set()
     for file in (ROOT / "perforated_trainer").glob("*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
@@ -58,7 +58,7 @@ def test_what_is_imported_is_declared():
     assert used == set(ranges(PROJECT["dependencies"]))
 
 
-def test_what_the_scripts_import_is_an_extra():
+def test_imports_of_the_scripts_are_an_extra():
     declared = ranges([*PROJECT["dependencies"], *EXTRAS["examples"]])
     for script in (ROOT / "mnist_huggingface_perforatedai.py", *(ROOT / "examples").glob("*.py")):
         for node in ast.walk(ast.parse(script.read_text(encoding="utf-8"))):
@@ -70,23 +70,23 @@ def test_what_the_scripts_import_is_an_extra():
                 assert ours or name.replace("_", "-") in declared, f"{script.name} imports {name}"
 
 
-def test_the_tested_versions_lie_in_the_ranges():
+def test_tested_versions_are_in_the_ranges():
     wanted = ranges([*PROJECT["dependencies"], *EXTRAS["examples"]])
     locked = pins(ROOT / "requirements.txt")
     assert set(locked) <= set(wanted)
     for name, version in locked.items():
-        assert version in wanted[name], f"{name} {version} does not lie in {wanted[name]}"
+        assert version in wanted[name], f"{name} {version} is not in {wanted[name]}"
 
 
-def test_the_versions_for_tests_lie_in_the_ranges():
+def test_versions_for_tests_are_in_the_ranges():
     wanted = ranges([*PROJECT["dependencies"], *EXTRAS["examples"], *EXTRAS["test"]])
     installed = pins(ROOT / "tests" / "requirements.txt")
     assert set(ranges(EXTRAS["test"])) <= set(installed)
     for name, version in installed.items():
-        assert version in wanted[name], f"{name} {version} does not lie in {wanted[name]}"
+        assert version in wanted[name], f"{name} {version} is not in {wanted[name]}"
 
 
-def test_the_oldest_versions_are_the_promised_ones():
+def test_oldest_versions_are_those_of_the_ranges():
     wanted, oldest = ranges(PROJECT["dependencies"]), pins(ROOT / "tests" / "oldest.txt")
     lowest = re.search(r">=([\d.]+)", str(wanted["transformers"]))[1]
     assert Version(oldest["transformers"]) == Version(lowest)
@@ -103,15 +103,16 @@ print(perforated_trainer.__version__, os.listdir("."))
 """
 
 
-def test_the_import_does_no_work(tmp_path):
+def test_import_does_no_work(tmp_path):
     done = python(IMPORT, tmp_path)
     assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
+    # torchao, which transformers imports if it is installed, logs warnings of its own
+    assert [line for line in done.stderr.splitlines() if not re.match(r"W\d{4} .*torch/utils/_pytree", line)] == []
     version, files = done.stdout.split()
     assert files == "[]" and Version(version) > Version("0")
 
 
-def test_each_public_name_is_there():
+def test_public_names_have_docstrings():
     import perforated_trainer
 
     for name in perforated_trainer.__all__:
@@ -119,8 +120,8 @@ def test_each_public_name_is_there():
 
 
 @pytest.mark.slow
-def test_the_script_needs_no_installed_package(tmp_path):
-    """From a clone: Python looks beside the script."""
+def test_script_runs_without_an_installed_package(tmp_path):
+    """From a clone: Python looks next to the script."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     command = [sys.executable, str(ROOT / "mnist_huggingface_perforatedai.py"), "--help"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
@@ -128,8 +129,8 @@ def test_the_script_needs_no_installed_package(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_wheel_holds_the_package_alone(tmp_path):
-    """Built from a copy, because setuptools writes beside what it builds."""
+def test_wheel_holds_the_package_alone(tmp_path):
+    """Built from a copy, because setuptools writes next to what it builds."""
     try:
         tools = Version(importlib.metadata.version("setuptools"))
     except importlib.metadata.PackageNotFoundError:
@@ -155,8 +156,8 @@ def test_the_wheel_holds_the_package_alone(tmp_path):
     assert done.returncode == 0, done.stderr
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    rooms = {f"perforated_trainer/{file.name}" for file in (ROOT / "perforated_trainer").glob("*.py")}
-    assert {name for name in names if ".dist-info/" not in name} == rooms
+    modules = {f"perforated_trainer/{file.name}" for file in (ROOT / "perforated_trainer").glob("*.py")}
+    assert {name for name in names if ".dist-info/" not in name} == modules
     zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
     done = python("import perforated_trainer; print(perforated_trainer.__file__)", tmp_path, PYTHONPATH="installed")
     assert "installed" in done.stdout, done.stderr

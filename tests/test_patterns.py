@@ -1,20 +1,24 @@
-"""Which modules get dendrites, by patterns, and what dendrites cost before they are there."""
+"""Which modules get dendrites, by patterns, and how many parameters dendrites add before they are there."""
 
 import re
+from types import SimpleNamespace
 
 import models
 import pytest
 import torch
-from transformers import TrainingArguments, set_seed
+from small import arguments, scripted
+from torch.nn.utils import prune
 from transformers.utils import logging
 
-from perforated_trainer import DendriteArguments, PerforatedError, PerforatedTrainer, perforate, price
+from perforated_trainer import DendriteArguments, PerforatedError, PerforatedTrainer, layers, parameter_count, perforate
 from perforated_trainer.arguments import LAYER_TYPES
-from perforated_trainer.callbacks import PlotCallback
+from perforated_trainer.convert import plan_dendrites, planned_sizes, table
 from perforated_trainer.patterns import last_blocks, matching
 
 BERT, RESNET, GPT2 = "DistilBertForSequenceClassification", "ResNetForImageClassification", "GPT2LMHeadModel"
 BLOCK = "distilbert.transformer.layer"
+# With a patience of 1: a dendrite after the second and the fourth evaluation, the end after the sixth.
+TWO = [0.1, 0.1, 0.2, 0.2, 0.3, 0.3]
 
 
 @pytest.fixture(autouse=True)
@@ -23,38 +27,20 @@ def folder(tmp_path, monkeypatch):
     logging.disable_progress_bar()
 
 
-def arguments(**changes):
-    values = {
-        "output_dir": "run",
-        "use_cpu": True,
-        "max_steps": 3,
-        "eval_strategy": "steps",
-        "eval_steps": 3,
-        "save_strategy": "no",
-        "learning_rate": 1e-2,
-        "metric_for_best_model": "loss",
-        "report_to": "none",
-    }
-    return TrainingArguments(**values | changes)
-
-
-def perforated(name, changes=None, **settings):
-    """Names of the modules that get dendrites."""
-    model = perforate(models.build(name, **changes or {}), DendriteArguments(**settings), arguments())
-    return [name.removesuffix(".main_module") for name, _ in model.named_modules() if name.endswith(".main_module")]
-
-
-def trainer_for(name, model=None, **settings):
-    set_seed(0)
-    rows = models.rows(name)
-    trainer = PerforatedTrainer(
-        model=model or models.build(name),
-        args=arguments(),
-        dendrite_args=DendriteArguments(**{"switch_mode": "fixed", "max_dendrites": 1} | settings),
-        train_dataset=rows[8:],
-        eval_dataset=rows[:8],
+def planned(name, changes=None, **settings):
+    """The plan for a model, its table, and the numbers of parameters in it."""
+    model, args = models.build(name, **changes or {}), DendriteArguments(**settings)
+    plan = plan_dendrites(model, args, arguments())
+    return SimpleNamespace(
+        plan=plan, names=plan.names, table=table(model, args, plan), sizes=planned_sizes(model, args, plan)
     )
-    trainer.remove_callback(PlotCallback)
+
+
+def trained(name, model=None, output_dir="run", **settings):
+    """A training of six steps, in which up to two dendrites are added."""
+    model, more = models.build(name) if model is None else model, {"name": name}
+    trainer = scripted(TWO, model, settings, more=more, eval_steps=1, learning_rate=1e-2, output_dir=output_dir)[0]
+    trainer.train()
     return trainer
 
 
@@ -75,13 +61,13 @@ NAMES = ["", "query", "a.query", "a.0.query", "a.1.my_query", "a.10.value", "key
         ("y", []),
     ],
 )
-def test_patterns(pattern, found):
+def test_pattern_means_whole_names_ends_and_expressions(pattern, found):
     assert matching(pattern, NAMES) == found
 
 
 @pytest.mark.skipif(not pytest.importorskip("peft"), reason="peft is not installed")
 @pytest.mark.parametrize("pattern", ["q_lin", "lin1", "attention.q_lin", r".*\.layer\.1\..*(q|v)_lin", r".*ffn\.lin\d"])
-def test_patterns_mean_what_they_mean_in_peft(pattern):
+def test_pattern_matches_the_modules_that_peft_matches(pattern):
     import peft
 
     special = re.search(r"[*\\]", pattern)
@@ -93,19 +79,16 @@ def test_patterns_mean_what_they_mean_in_peft(pattern):
     assert theirs and matching(pattern, [name for name, _ in model.named_modules()]) == theirs
 
 
-def test_only_what_the_patterns_name_gets_dendrites():
-    only = {"module_names_to_perforate": ["none"]}
-    assert perforated(BERT, module_ids_to_perforate=["q_lin", "v_lin"], **only) == [
-        f"{BLOCK}.0.attention.q_lin",
-        f"{BLOCK}.0.attention.v_lin",
-    ]
-    assert perforated(BERT, module_ids_to_perforate=r".*ffn.*", **only) == [
-        f"{BLOCK}.0.ffn.lin1",
-        f"{BLOCK}.0.ffn.lin2",
-    ]
-    # No layer of the usual types in what it matches: then what it matches.
-    assert perforated(BERT, module_ids_to_perforate=[r".*\.\d\.ffn"], **only) == [f"{BLOCK}.0.ffn"]
-    assert perforated(BERT, module_ids_to_track=["attention", r".*\.ffn\..*", "pre_classifier"]) == ["classifier"]
+def test_patterns_choose_the_layers_that_get_dendrites():
+    attention, ffn = f"{BLOCK}.0.attention", f"{BLOCK}.0.ffn"
+    for only in ({"module_names_to_perforate": []}, {"module_names_to_perforate": ["none"]}):
+        found = planned(BERT, module_ids_to_perforate=["q_lin", "v_lin"], **only).names
+        assert found == [f"{attention}.q_lin", f"{attention}.v_lin"]
+        assert planned(BERT, module_ids_to_perforate=r".*ffn.*", **only).names == [f"{ffn}.lin1", f"{ffn}.lin2"]
+        # No layer of the usual types in what it matches: then what it matches.
+        assert planned(BERT, module_ids_to_perforate=[r".*\.\d\.ffn"], **only).names == [ffn]
+    tracked = ["attention", r".*\.ffn\..*", "pre_classifier"]
+    assert planned(BERT, module_ids_to_track=tracked).names == ["classifier"]
 
 
 @pytest.mark.parametrize(
@@ -120,13 +103,14 @@ def test_only_what_the_patterns_name_gets_dendrites():
         ({"perforate_last_blocks": 0}, "last_blocks 0"),
     ],
 )
-def test_what_matches_nothing_is_refused_with_names_that_are_close(settings, message):
+def test_pattern_without_a_match_is_refused_with_close_names(settings, message):
     with pytest.raises(PerforatedError, match=message):
-        perforated(BERT, **settings)
+        planned(BERT, **settings)
 
 
-def test_the_last_blocks():
-    found = perforated(BERT, {"n_layers": 3}, perforate_last_blocks=2, module_ids_to_perforate=["classifier"])
+def test_last_blocks_are_those_of_the_longest_row():
+    settings = {"perforate_last_blocks": 2, "module_ids_to_perforate": ["classifier"]}
+    found = planned(BERT, {"n_layers": 3}, **settings).names
     assert len(found) == 13 and found[-1] == "classifier"
     assert all(name.startswith((f"{BLOCK}.1.", f"{BLOCK}.2.")) for name in found[:-1])
     assert last_blocks(models.build(GPT2, n_layer=3), 2) == ["transformer.h.1", "transformer.h.2"]
@@ -136,52 +120,78 @@ def test_the_last_blocks():
         last_blocks(torch.nn.Linear(1, 1), 1)
 
 
-# -------------------------------------------------------------------------------------------------------------- prices
+# ------------------------------------------------------------------------------------------------ number of parameters
 
 
-def text(trainer):
-    trainer.train()
-    return trainer.tracker.table
-
-
+@pytest.mark.parametrize("rank", [None, 2])
 @pytest.mark.parametrize("name", [BERT, RESNET, GPT2])
-def test_the_table_before_the_training_tells_the_truth(name, capsys):
+def test_table_before_the_training_has_the_numbers_of_the_training(name, rank, capsys):
     now = sum(p.numel() for p in models.build(name).parameters())
-    trainer = trainer_for(name, max_dendrites=2, improvement_threshold=[0.0])
-    table = text(trainer)
-    assert capsys.readouterr().out.startswith(table)
-    sizes = [int(row.split()[1].replace(",", "")) for row in table.splitlines()[-3:]]
-    assert sizes[0] == now
-    for cycle in trainer.cycles():
-        assert cycle["parameters"] == sizes[cycle["dendrites"]]
-    assert len(trainer.cycles()) > 1
-    assert f"+{sizes[1] - sizes[0]:,} +{sizes[1] / sizes[0] - 1:.1%}" in re.sub(" +", " ", table)
-    layers = sum(int(row.split()[2]) for row in table.split("\nNo dendrites")[0].splitlines()[1:])
+    expected = planned(name, max_dendrites=2, dendrite_rank=rank)
+    trainer = trained(name, max_dendrites=2, dendrite_rank=rank)
+    assert expected.table == trainer.plan_table and expected.table in capsys.readouterr().out
+    sizes = [int(row.split()[1].replace(",", "")) for row in expected.table.splitlines()[-3:]]
+    assert sizes == expected.sizes and sizes[0] == now
+    assert [(cycle["dendrites"], cycle["parameters"]) for cycle in trainer.cycles()] == list(enumerate(sizes))
+    assert f"+{sizes[1] - sizes[0]:,} +{sizes[1] / sizes[0] - 1:.1%}" in re.sub(" +", " ", expected.table)
+    counted = sum(int(row.split()[2]) for row in expected.table.split("\nNo dendrites")[0].splitlines()[1:])
     model = models.build(name)
     kinds = [type(module).__name__ for part, module in model.named_modules() if part != "lm_head"]
-    assert layers == sum(kind in LAYER_TYPES for kind in kinds)
+    excluded = [n for reason, names in expected.plan.excluded.items() if "rank" in reason for n in names]
+    assert counted == len(expected.names) == sum(kind in LAYER_TYPES for kind in kinds) - len(excluded)
 
 
-def test_no_dendrite_that_would_not_fit(capsys):
-    sizes = [58_114, 67_910, 77_964]
-    trainer = trainer_for(BERT, max_dendrites=3, max_parameters=sizes[1], improvement_threshold=[0.0])
-    assert "2 (too large)" in text(trainer)
+def test_dendrite_that_does_not_fit_max_parameters_is_not_added(capsys):
+    sizes = planned(BERT, max_dendrites=3).sizes[:3]
+    settings = {"max_dendrites": 3, "max_parameters": sizes[1]}
+    assert "2 (too large)" in planned(BERT, **settings).table
+    trainer = trained(BERT, **settings)
     assert trainer.stopped_by == "tracker" and max(c["dendrites"] for c in trainer.cycles()) == 1
     assert all(entry.get("parameters", 0) <= sizes[1] for entry in trainer.state.log_history)
-    said = f"one dendrite more would make {sizes[2]:,} parameters, --max_parameters is {sizes[1]:,}: none is added"
-    assert said in capsys.readouterr().out
-    with pytest.raises(PerforatedError, match="67,909: the model has 58,114 parameters, and 67,910 with one"):
-        trainer_for(BERT, max_parameters=sizes[1] - 1)
+    said = rf"one more dendrite would make {sizes[2]:,} parameters, .*max_parameters is {sizes[1]:,}: none is added"
+    assert re.search(said, capsys.readouterr().out)
+    with pytest.raises(PerforatedError, match=f"{sizes[1] - 1:,}: the model has {sizes[0]:,} .* {sizes[1]:,} with"):
+        planned(BERT, max_parameters=sizes[1] - 1)
 
 
-def test_prices_of_other_modules():
-    assert (
-        price.neurons_of(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 1), torch.nn.BatchNorm2d(8), torch.nn.ReLU())) == 8
-    )
-    assert price.sizes(100, [(10, 2)], 0, 2) == [100, 112, 126]
+@pytest.mark.parametrize(
+    "make, neurons",
+    [
+        (lambda: torch.nn.Sequential(torch.nn.Conv2d(3, 8, 1), torch.nn.BatchNorm2d(8), torch.nn.ReLU()), 8),
+        (lambda: torch.nn.Embedding(5, 7), 7),
+        (lambda: torch.nn.LayerNorm(6), 6),
+        (lambda: torch.nn.Linear(3, 4), 4),
+    ],
+)
+def test_neurons_are_those_of_the_last_layer(make, neurons):
+    assert parameter_count.neurons_of(make()) == neurons
 
 
-# ----------------------------------------------------------------------------- a convolution with its normalisation
+def test_sizes_grow_by_a_copy_and_the_weights_between_neurons():
+    assert parameter_count.sizes(100, [(10, 2)], 0, 2) == [100, 112, 126]
+    assert parameter_count.sizes(100, [(10, 2)], 1, 1) == [100, 114]
+    assert parameter_count.of_low_rank(torch.nn.Conv2d(3, 8, 5), 2, 8) == 2 * (75 + 8) + 8
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_sizes_of_layers_with_norms_and_pruned_weights_are_those_of_their_dendrites():
+    def grow(number):
+        torch.manual_seed(0)
+        parts = [torch.nn.Linear(8, 6), torch.nn.Linear(6, 6), torch.nn.Linear(6, 4, bias=False)]
+        torch.nn.utils.weight_norm(parts[0])
+        torch.nn.utils.parametrizations.weight_norm(parts[1])
+        prune.identity(parts[2], "weight")
+        model = torch.nn.Sequential(*parts, torch.nn.Conv2d(4, 6, 3, groups=2))
+        for part in model if number else ():
+            layers.add_dendrites(part, number)
+        return model
+
+    args = DendriteArguments(max_dendrites=2)
+    expected = [sum(p.numel() for p in grow(number).parameters()) for number in range(3)]
+    assert planned_sizes(grow(0), args, plan_dendrites(grow(0), args, arguments())) == expected
+
+
+# ------------------------------------------------------------------------------- a convolution and its normalization
 
 
 def logits(model, name=RESNET):
@@ -190,40 +200,39 @@ def logits(model, name=RESNET):
         return model.eval()(pixel_values=images).logits
 
 
-def test_a_convolution_and_its_normalisation_are_one_block():
+def test_joined_convolution_and_normalization_get_dendrites_as_one_block():
     stock = models.build(RESNET)
-    before = logits(stock)
-    trainer = trainer_for(RESNET, stock, join_normalization=True, improvement_threshold=[0.0])
-    assert "resnet.embedder.embedder.convolution  Conv2d" in re.sub("  +", "  ", trainer.tracker.table)
-    assert torch.equal(logits(trainer.model), before)
-    trainer.train()
+    before, names = logits(stock), [name for name, _ in stock.named_modules()]
+    settings = {"join_normalization": True, "max_dendrites": 1}
+    perforate(stock, DendriteArguments(**settings), arguments())
+    assert [name for name, _ in stock.named_modules()] == names and torch.equal(logits(stock), before)
+    assert "resnet.embedder.embedder.convolution Conv2d" in re.sub(" +", " ", planned(RESNET, **settings).table)
+    trainer = trained(RESNET, stock, **settings)
     assert trainer.num_dendrites == 1
-    model = trainer.deployed_model()
+    model = trainer.model
     block = model.resnet.embedder.embedder.convolution
     assert isinstance(block, torch.nn.Sequential) and isinstance(block[1], torch.nn.BatchNorm2d)
     assert isinstance(block.dendrites[0][1], torch.nn.BatchNorm2d) and block.num_dendrites == 1
     assert trainer.num_parameters == trainer.cycles()[-1]["parameters"] == sum(p.numel() for p in model.parameters())
     trainer.save_model("saved")
     loaded = models.model_class(RESNET).from_pretrained("saved")
-    assert torch.equal(logits(loaded), logits(trainer.model))
-    again = trainer_for(RESNET, loaded, join_normalization=True)  # gets more dendrites
-    assert again.num_dendrites == 1 and torch.equal(logits(again.model), logits(trainer.model))
+    assert torch.equal(logits(loaded), logits(model))
+    more = trained(RESNET, loaded, "more", join_normalization=True, max_dendrites=2)
+    assert more.num_dendrites == 2
+    more.save_model("again")
+    assert torch.equal(logits(models.model_class(RESNET).from_pretrained("again")), logits(more.model))
 
 
-def test_without_a_dendrite_a_joined_model_is_saved_as_a_stock_model():
-    trainer = trainer_for(RESNET, join_normalization=True, max_dendrites=0)
-    trainer.train()
+def test_joined_model_without_a_dendrite_is_saved_as_a_stock_model():
+    trainer = trained(RESNET, join_normalization=True, max_dendrites=0)
     trainer.save_model("saved")
-    names = models.build(RESNET).state_dict().keys()
-    assert trainer.deployed_model().state_dict().keys() == names
+    assert trainer.model.state_dict().keys() == models.build(RESNET).state_dict().keys()
     assert torch.equal(logits(models.model_class(RESNET).from_pretrained("saved")), logits(trainer.model))
 
 
 def test_what_gets_no_dendrites_is_not_joined():
-    model, settings = models.build(RESNET), {"join_normalization": True, "module_ids_to_track": ["embedder"]}
-    perforate(model, DendriteArguments(**settings), arguments())
-    assert isinstance(model.resnet.embedder.embedder.convolution, torch.nn.Conv2d)
-    assert isinstance(model.resnet.embedder.embedder.normalization, torch.nn.BatchNorm2d)
+    found = planned(RESNET, join_normalization=True, module_ids_to_track=["embedder"])
+    assert found.plan.norms and not [name for name in found.plan.norms if "embedder" in name]
 
 
 # ------------------------------------------------------------------------------------------------------------ adapters
@@ -240,26 +249,24 @@ def test_adapters_are_merged_and_then_the_model_gets_dendrites():
     config = peft.LoraConfig(target_modules=["q_lin", "v_lin"], task_type="SEQ_CLS", init_lora_weights=False)
     adapted = peft.get_peft_model(models.build(BERT), config)
     with pytest.raises(PerforatedError, match="merge_and_unload"):
-        trainer_for(BERT, adapted)
+        PerforatedTrainer(adapted, arguments(), train_dataset=models.rows(BERT), eval_dataset=models.rows(BERT))
     before, model = scores(adapted), adapted.merge_and_unload()
     assert torch.allclose(scores(model), before, atol=1e-5)
     for parameter in model.distilbert.parameters():
         parameter.requires_grad = False
-    trainer = trainer_for(BERT, model, improvement_threshold=[0.0])
-    trainer.train()
-    assert trainer.num_dendrites == 1
+    trainer = trained(BERT, model)
+    assert trainer.num_dendrites == 2
     trainer.save_model("saved")
     loaded = models.model_class(BERT).from_pretrained("saved")
-    assert loaded.classifier.num_dendrites == 1 and not hasattr(loaded.distilbert.transformer.layer[0], "num_dendrites")
+    assert loaded.classifier.num_dendrites == 2 and not layers.layers_with_dendrites(loaded.distilbert)
     assert torch.equal(scores(loaded), scores(trainer.model))
 
 
-def test_the_layers_of_adapters_get_dendrites_in_a_class_of_its_own():
+def test_layers_of_adapters_get_dendrites_in_a_class_of_its_own():
     pytest.importorskip("peft")
-    trainer = trainer_for(BERT, models.build("LoraDistilBert"), improvement_threshold=[0.0])
-    trainer.train()
-    assert trainer.num_dendrites == 1
+    trainer = trained(BERT, models.build("LoraDistilBert"))
+    assert trainer.num_dendrites == 2
     trainer.save_model("saved")
     loaded = models.LoraDistilBert.from_pretrained("saved")
-    assert loaded.distilbert.transformer.layer[0].attention.q_lin.lora_A.default.num_dendrites == 1
+    assert loaded.distilbert.transformer.layer[0].attention.q_lin.lora_A.default.num_dendrites == 2
     assert torch.equal(scores(loaded), scores(trainer.model))

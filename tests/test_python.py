@@ -1,4 +1,4 @@
-"""What loading needs runs on newer versions of Python too, for which there is no perforatedai."""
+"""Loading works on newer versions of Python, too, for which there is no perforatedai."""
 
 import os
 import shutil
@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import mnist_huggingface_perforatedai as mnist
-from perforated_trainer.layers import add_dendrites, make_dendritic
+from perforated_trainer.layers import add_dendrites
+from perforated_trainer.loading import make_dendritic
 from perforated_trainer.remote_code import save_code
 
 ROOT = Path(__file__).parent.parent
@@ -40,7 +41,7 @@ def newer_python():
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A folder with a model of our own that has dendrites, and its logits."""
+    """A folder with a custom model that has dendrites, and its logits."""
     folder = tmp_path_factory.mktemp("saved")
     torch.manual_seed(0)
     model = mnist.MnistCnnForImageClassification(mnist.MnistCnnConfig()).eval()
@@ -61,13 +62,13 @@ def load(python, saved, tmp_path):
     return torch.load(tmp_path / "logits.pt"), logits
 
 
-def test_a_model_loads_where_there_is_no_perforatedai(saved, tmp_path):
+def test_model_loads_without_perforatedai(saved, tmp_path):
     again, logits = load(sys.executable, saved, tmp_path)
     assert torch.equal(again, logits)
 
 
-def test_training_names_the_reason_where_there_is_no_perforatedai():
-    """One sentence, which also says what works. In a process of its own: here the rooms may be imported already."""
+def test_training_without_perforatedai_names_the_reason():
+    """One sentence, which also says what works. In a process of its own: here the modules may be imported already."""
     code = "import sys; sys.modules['perforatedai'] = None; from perforated_trainer import PerforatedTrainer"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1
@@ -76,7 +77,7 @@ def test_training_names_the_reason_where_there_is_no_perforatedai():
 
 
 @pytest.mark.skipif(newer_python() is None, reason="no Python 3.13 or later with torch and transformers is at hand")
-def test_a_model_loads_in_a_newer_python(saved, tmp_path):
+def test_model_loads_in_a_newer_python(saved, tmp_path):
     """Another build of torch may round otherwise."""
     again, logits = load(newer_python(), saved, tmp_path)
     assert torch.allclose(again, logits, atol=1e-6)

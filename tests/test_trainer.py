@@ -1,81 +1,439 @@
-"""The classes of perforated_trainer beyond what the script uses."""
+"""`PerforatedTrainer` among callbacks, trackers, data sets and arguments of the Trainer: one training, told once."""
 
-import copy
-import importlib
+import gc
 import json
-import pdb
 import sys
+import weakref
+from collections import Counter
+from pathlib import Path
 
 import pytest
-import safetensors.torch
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from models import build
+from small import (
+    DISTILBERT,
+    EVAL,
+    TRAIN,
+    TWO_DENDRITES,
+    arguments,
+    compute_metrics,
+    kept,
+    losses,
+    scripted,
+    trainer_for,
+)
+from torch.utils.data import DataLoader, Dataset
+from transformers import EarlyStoppingCallback, PreTrainedConfig, PreTrainedModel, Trainer, TrainerCallback, set_seed
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from mnist_huggingface_perforatedai import MnistCnnConfig, MnistCnnForImageClassification, compute_metrics
-from perforated_trainer import (
-    DendriteArguments,
-    PerforatedError,
-    PerforatedTrainer,
-    ignore_shared_tensors,
-    load_perforated_model,
-    perforate,
-)
+from perforated_trainer import DendriteArguments, PerforatedError, PerforatedTrainer, load_perforated_model, perforate
+from perforated_trainer.arguments import check_direction
 
 
-@pytest.fixture
-def arguments(tmp_path, monkeypatch):
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    return TrainingArguments(
-        output_dir="PAI",
-        use_cpu=True,
-        eval_strategy="steps",
-        eval_steps=2,
-        max_steps=8,
-        logging_steps=2,
+
+
+def series(trainer, name):
+    return [(entry["step"], entry[name]) for entry in trainer.state.log_history if name in entry]
+
+
+# ---------------------------------------------------------------------------------------------- one training, told once
+
+
+class Told(TrainerCallback):
+    """Counts the events of a training, and notes step and epoch at each."""
+
+    def __init__(self):
+        self.events, self.at = Counter(), []
+
+    def _note(self, name, state):
+        self.events[name] += 1
+        self.at.append((name, state.global_step, round(state.epoch or 0, 6)))
+
+
+for (
+    _name
+) in "train_begin train_end epoch_begin epoch_end step_begin step_end pre_optimizer_step optimizer_step".split():
+    setattr(Told, f"on_{_name}", lambda self, args, state, control, _name=_name, **kwargs: self._note(_name, state))
+
+
+@pytest.mark.parametrize("changes", [{}, {"gradient_accumulation_steps": 2}, {"per_device_train_batch_size": 3}])
+def test_callbacks_see_the_events_of_one_training(changes):
+    told, stock = Told(), Told()
+    trainer, _ = scripted(TWO_DENDRITES, more={"callbacks": [told]}, **changes)
+    trainer.train()
+    assert trainer.restarts == [6, 10, 14] and trainer.state.global_step == 18
+    args = arguments(max_steps=18, eval_strategy="no", save_strategy="no", output_dir="stock", **changes)
+    Trainer(build(DISTILBERT), args, train_dataset=TRAIN, callbacks=[stock]).train()
+    assert told.at == stock.at and told.events["train_begin"] == told.events["train_end"] == 1
+
+
+@pytest.fixture(scope="module")
+def tracked(tmp_path_factory):
+    """A run that TensorBoard and MLflow have followed: its trainer, and the output of `train`."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("tracked")
+        patch.chdir(folder)
+        patch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
+        report = {"report_to": ["tensorboard", "mlflow"], "logging_steps": 1}
+        trainer, _ = scripted(TWO_DENDRITES, run_name="texts", more={"test_dataset": EVAL}, **report)
+        yield folder, trainer, trainer.train()
+
+
+def expected(trainer):
+    return {
+        "loss": list(range(1, 19)),
+        "eval_score": list(range(2, 19, 2)),
+        "test_score": list(range(2, 19, 2)),
+        "dendrites": [0] * 6 + [1] * 4 + [2] * 8,
+    }
+
+
+def test_mlflow_has_one_run_with_parameters_and_whole_series(tracked):
+    from mlflow import MlflowClient
+
+    folder, trainer, output = tracked
+    client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
+    (run,) = [run for e in client.search_experiments() for run in client.search_runs([e.experiment_id])]
+    assert run.info.status == "FINISHED" and run.info.run_name == "texts"
+    assert run.data.params["learning_rate"] == "0.001" and run.data.params["max_steps"] == "200"
+    assert run.data.metrics["train_runtime"] == pytest.approx(output.metrics["train_runtime"])
+
+    def history(name):
+        return client.get_metric_history(run.info.run_id, name)
+
+    right = expected(trainer)
+    for name in ("loss", "eval_score", "test_score"):
+        assert [metric.step for metric in history(name)] == right[name], name
+    dendrites = {metric.step: metric.value for metric in reversed(history("dendrites"))}
+    assert [dendrites[step] for step in right["loss"]] == right["dendrites"]
+
+
+def test_tensorboard_has_one_run_and_whole_series(tracked):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder, trainer, output = tracked
+    (file,) = folder.rglob("events.out.*")
+    events = EventAccumulator(str(file)).Reload()
+    right = expected(trainer)
+    for name, tag in (("loss", "train/loss"), ("eval_score", "eval/score"), ("test_score", "test/score")):
+        assert [event.step for event in events.Scalars(tag)] == right[name], name
+    first = {event.step: event.value for event in reversed(events.Scalars("train/dendrites"))}
+    assert [first[step] for step in right["loss"]] == right["dendrites"]
+    assert events.Scalars("train/train_runtime")[-1].value == pytest.approx(output.metrics["train_runtime"])
+
+
+# ------------------------------------------------------------------------------------------------ callbacks that stop
+
+
+class Stop(TrainerCallback):
+    """Asks for a stop once, in a hook at a step."""
+
+    def __init__(self, hook, step):
+        self.asked = False
+        setattr(self, hook, self._ask)
+        self.step = step
+
+    def _ask(self, args, state, control, **kwargs):
+        if state.global_step == self.step and not self.asked:
+            self.asked = control.should_training_stop = True
+
+
+@pytest.mark.parametrize("hook", ["on_step_end", "on_evaluate", "on_save", "on_log"])
+@pytest.mark.parametrize(
+    ("step", "mode"), [(2, "history"), (6, "history"), (10, "history"), (5, "fixed"), (10, "fixed")]
+)
+def test_stop_of_a_callback_is_heard(hook, step, mode):
+    """Step 6 and 10 of a plateau, step 5 and 10 of fixed cycles end a cycle."""
+    stop, more = Stop(hook, step), {}
+    if mode == "fixed":
+        more = {"max_steps": 5, "eval_steps": 5}
+    save = {"save_strategy": "steps", "save_steps": more.get("eval_steps", 2), "logging_steps": 1}
+    scores = [0.1, 0.2, 0.3, 0.4] if mode == "fixed" else TWO_DENDRITES
+    trainer, _ = scripted(scores, None, {"switch_mode": mode}, more={"callbacks": [stop]}, **save | more)
+    trainer.train()
+    assert stop.asked and trainer.state.global_step == step
+    assert trainer.stopped_by == "callback" and trainer.save_results({})["stopped_by"] == "callback"
+
+
+def test_early_stopping_has_its_full_patience_with_each_dendrite():
+    """Three dendrites, each after two evaluations without improvement, are more than its patience in all."""
+    early, more = EarlyStoppingCallback(3), {"max_dendrites": 3, "n_epochs_to_switch": 2, "max_dendrite_tries": 3}
+    trainer, _ = scripted([0.5, 0.4, 0.4, 0.3, 0.2, 0.2, 0.2, 0.2, 0.2, 0.2, 0.2, 0.2], None, more)
+    trainer.add_callback(early)
+    trainer.train()
+    assert trainer.stopped_by == "tracker" and trainer.restarts == [6, 12, 18]
+
+
+def test_early_stopping_that_comes_first_is_said_at_the_start(capsys):
+    trainer, _ = scripted([0.5] * 9, None, {"n_epochs_to_switch": 10}, more={"callbacks": [EarlyStoppingCallback(2)]})
+    trainer.train()
+    output = capsys.readouterr().out
+    assert "EarlyStoppingCallback ends the training after 2 evaluations" in output
+    assert trainer.stopped_by == "callback" and trainer.state.global_step == 6
+
+
+def test_early_stopping_is_not_told_of_the_test_data(caplog, capsys):
+    more = {"callbacks": [EarlyStoppingCallback(9)], "test_dataset": EVAL}
+    trainer, _ = scripted([0.1, 0.2, 0.3], more=more, max_steps=6)
+    trainer.train()
+    assert "disabled" not in caplog.text + "".join(capsys.readouterr())
+
+
+# ------------------------------------------------------------------------------------------------------------- the data
+
+
+def test_test_data_changes_no_loss():
+    """Of a model with dropout, through three restarts."""
+    ends = []
+    for folder, more in (("without", {}), ("with", {"test_dataset": TRAIN})):
+        trainer, _ = scripted(TWO_DENDRITES, more=more, output_dir=folder, logging_steps=1)
+        trainer.train()
+        ends.append((losses(trainer), series(trainer, "eval_loss"), trainer.restarts))
+    assert ends[0] == ends[1] and len(ends[0][0]) == 18
+
+
+def test_evaluation_before_the_first_step_is_no_result(capsys):
+    """Its score, 0.9, is that of no training step."""
+    trainer, script = scripted([0.9, 0.1, 0.2, 0.2, 0.3, 0.3], None, {"max_dendrites": 1}, eval_on_start=True)
+    trainer.train()
+    assert [cycle["global_step"] for cycle in trainer.cycles()] == [4, 8]
+    assert trainer.restarts == [6] and kept(trainer, script) == [0.3]
+    assert trainer.save_results({})["cycles"][0]["best_validation"] == 0.2
+
+
+def test_load_best_model_at_end_is_what_happens():
+    changes = {"load_best_model_at_end": True, "save_strategy": "steps"}
+    trainer, script = scripted([0.1, 0.3, 0.2], None, {"max_dendrites": 0}, **changes)
+    trainer.train()
+    assert kept(trainer, script) == [0.3] and trainer.state.best_metric == 0.3
+
+
+class Sums:
+    """Metrics of sums over batches, `batch_eval_metrics`."""
+
+    def __init__(self):
+        self.right = self.seen = 0
+
+    def __call__(self, prediction, compute_result):
+        found = prediction.predictions.argmax(-1) == prediction.label_ids
+        self.right, self.seen = self.right + int(found.sum()), self.seen + len(found)
+        if compute_result:
+            share, self.right, self.seen = self.right / self.seen, 0, 0
+            return {"accuracy": share}
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "a_accuracy"])
+def test_metrics_of_sums_over_batches(metric):
+    data = EVAL if metric == "accuracy" else {"a": EVAL, "b": TRAIN[:8]}
+    args = arguments(metric_for_best_model=metric, batch_eval_metrics=True, per_device_eval_batch_size=3, max_steps=4)
+    trainer = trainer_for(args, eval_dataset=data, test_dataset=TRAIN[:8], compute_metrics=Sums())
+    trainer.train()
+    final = trainer.save_results({})["final"]
+    trainer.args.batch_eval_metrics, trainer.compute_metrics = False, compute_metrics
+    assert final[f"validation_{metric}"] == trainer.evaluate(EVAL)["eval_accuracy"]
+    assert final["test_accuracy"] == trainer.evaluate(TRAIN[:8])["eval_accuracy"]
+
+
+class Keyed(Dataset):
+    """Examples by name."""
+
+    def __init__(self, examples):
+        self.examples = {f"example {number}": example for number, example in enumerate(examples)}
+
+    def __len__(self):
+        return len(self.examples)
+
+    def __getitem__(self, key):
+        return self.examples[key]
+
+
+class KeyedTrainer(PerforatedTrainer):
+    def _loader(self, data):
+        return self.accelerator.prepare(
+            DataLoader(data, batch_size=8, sampler=list(data.examples), collate_fn=self.data_collator)
+        )
+
+    def get_train_dataloader(self):
+        return self._loader(self.train_dataset)
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        return self._loader(eval_dataset or self.eval_dataset)
+
+    def get_test_dataloader(self, test_dataset):
+        return self._loader(test_dataset)
+
+
+def test_data_that_is_not_numbered_trains():
+    data = {"train_dataset": Keyed(TRAIN), "eval_dataset": Keyed(EVAL), "test_dataset": Keyed(EVAL)}
+    trainer, script = scripted(TWO_DENDRITES, cls=KeyedTrainer, more=data)
+    trainer.train()
+    assert trainer.num_dendrites == 2 and kept(trainer, script) == [0.4]
+    assert trainer.save_results({})["settings"]["train_dataset"] == "32 examples"
+
+
+def test_persistent_workers_do_not_give_the_test_data_the_loader_of_the_validation():
+    args = arguments(
         metric_for_best_model="accuracy",
-        remove_unused_columns=False,
-        report_to="none",
+        dataloader_num_workers=1,
+        dataloader_persistent_workers=True,
+        learning_rate=0.0,
+        max_steps=4,
     )
+    model = build(DISTILBERT)
+    model.classifier.bias.data[0] = 100.0  # answers 0, whatever it sees
+    validation, test = ([row | {"labels": label} for row in EVAL] for label in (1, 0))
+    trainer = trainer_for(
+        args, model=model, eval_dataset=validation, test_dataset=test, compute_metrics=compute_metrics
+    )
+    trainer.train()
+    for name, score in (("eval_accuracy", 0.0), ("test_accuracy", 1.0)):
+        assert {value for _, value in series(trainer, name)} == {score}
 
 
-def rows(count=64):
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(count, 1, 28, 28, generator=generator)
-    return [{"pixel_values": image, "labels": index % 10} for index, image in enumerate(images)]
+# ----------------------------------------------------------------------------------------------- metrics, arguments
 
 
-def trainer_for(model, arguments, cls=PerforatedTrainer, **kwargs):
-    data = {"train_dataset": rows(), "eval_dataset": rows(20)}
-    return cls(model=model, args=arguments, compute_metrics=compute_metrics, **data, **kwargs)
+@pytest.mark.parametrize("name", ["wer", "cer", "ter", "mse", "rmse", "mae", "mape", "perplexity", "ppl", "ce", "nll"])
+def test_error_that_would_be_maximized_is_refused(name):
+    for metric in (name, f"eval_{name}", name.upper()):
+        with pytest.raises(PerforatedError, match="greater_is_better"):
+            check_direction(arguments(metric_for_best_model=metric))
+    assert check_direction(arguments(metric_for_best_model=name, greater_is_better=False)) is None
 
 
-def test_results_without_test_data_and_packages_that_only_the_script_needs(arguments, monkeypatch, capsys):
-    model = perforate(MnistCnnForImageClassification(MnistCnnConfig()), DendriteArguments(), arguments)
-    trainer = trainer_for(model, arguments)
+@pytest.mark.parametrize(
+    ("name", "warns"),
+    [("word_error", True), ("test_wer", True), ("error_rate", True), ("mean-mse", True), ("accuracy", False),
+     ("f1", False), ("loss", False), ("b_loss", False), ("answer", False), ("power", False), ("terrain", False)],
+)  # fmt: skip
+def test_compound_of_an_error_that_would_be_maximized_is_a_warning(name, warns):
+    assert bool(check_direction(arguments(metric_for_best_model=name))) == warns
+
+
+@pytest.mark.parametrize(("greater", "word"), [(True, "higher"), (False, "lower")])
+def test_direction_is_printed_at_the_start(greater, word, capsys):
+    trainer, _ = scripted([0.5, 0.5], greater_is_better=greater, max_steps=1)
+    trainer.train()
+    assert f"eval_score: {word} is better\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("metric", "changes", "words"),
+    [
+        ("acc", {"compute_metrics": compute_metrics}, ["eval_acc", "eval_accuracy", "eval_loss"]),
+        ("accuracy", {"eval_dataset": {"a": EVAL, "b": EVAL}, "compute_metrics": compute_metrics}, ["eval_a_accuracy"]),
+        ("a_acc", {"eval_dataset": {"a": EVAL, "b": EVAL}}, ["eval_a_loss", "eval_b_loss"]),
+        ("loss", {"eval_dataset": [{"input_ids": row["input_ids"]} for row in EVAL]}, ["label_names", "labels"]),
+    ],
+)
+def test_score_that_the_evaluation_does_not_return_is_one_line_with_those_it_does(metric, changes, words):
+    trainer = trainer_for(arguments(metric_for_best_model=metric), **changes)
+    with pytest.raises(PerforatedError) as caught:
+        trainer.train()
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_metric_of_one_of_several_data_sets():
+    args = arguments(metric_for_best_model="b_loss", greater_is_better=False, max_steps=4)
+    trainer = trainer_for(args, eval_dataset={"a": EVAL, "b": EVAL}, test_dataset=TRAIN[:8])
+    trainer.train()
+    results = trainer.save_results({})
+    assert results["final"]["validation_b_loss"] == pytest.approx(results["cycles"][0]["best_validation"], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("history_lookback", 0), ("max_dendrites", -1), ("n_epochs_to_switch", -1), ("max_dendrite_tries", 0),
+     ("dendrite_learning_rate_factor", 0.0), ("improvement_threshold", [-0.1]), ("improvement_threshold", []),
+     ("improvement_threshold_raw", float("nan")), ("dendrite_rank", 0), ("max_parameters", 0), ("max_dendrites", 1.5),
+     ("num_initial_dendrites", 9), ("switch_mode", "often"), ("dendrite_activation", "square"),
+     ("n_epochs_to_switch", "3"), ("max_dendrites", True)],
+)  # fmt: skip
+def test_number_that_makes_no_sense_is_one_line(name, value):
+    with pytest.raises(PerforatedError, match=name) as caught:
+        perforate(build(DISTILBERT), DendriteArguments(**{name: value}), arguments())
+    assert "\n" not in str(caught.value)
+
+
+def test_single_number_is_as_good_as_a_list():
+    trainer = trainer_for(arguments(max_steps=2), dendrite_args=DendriteArguments(improvement_threshold=0.001))
+    trainer.train()
+    assert trainer.dendrite_args.improvement_threshold == [0.001]
+
+
+@pytest.mark.parametrize("given", ["optimizer", "scheduler"])
+def test_optimizer_of_the_network_as_it_is_now_is_refused(given):
+    model = build(DISTILBERT)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    pair = (optimizer, None)
+    if given == "scheduler":
+        pair = (None, torch.optim.lr_scheduler.ConstantLR(optimizer))
+    with pytest.raises(PerforatedError, match="optimizer_cls_and_kwargs"):
+        trainer_for(model=model, optimizers=pair)
+
+
+def test_optimizer_class_is_used_for_each_dendrite():
+    trainer, _ = scripted(TWO_DENDRITES, more={"optimizer_cls_and_kwargs": (torch.optim.SGD, {"lr": 0.1})})
+    trainer.train()
+    assert isinstance(trainer.optimizer.optimizer, torch.optim.SGD) and trainer.num_dendrites == 2
+
+
+def test_model_init_and_search_are_refused_with_the_way_that_works():
+    with pytest.raises(PerforatedError, match=r"model_init: pass the model.*optuna_sweep"):
+        PerforatedTrainer(model_init=lambda: build(DISTILBERT), args=arguments(), eval_dataset=EVAL)
+    with pytest.raises(PerforatedError, match="optuna_sweep"):
+        trainer_for().hyperparameter_search()
+
+
+def test_results_before_a_training_are_one_line():
+    trainer = trainer_for()
+    with pytest.raises(PerforatedError, match="call train"):
+        trainer.save_results({"name": "texts"})
+    assert not Path("run").exists() or not any(Path("run").iterdir())
+
+
+def test_results_need_no_test_data_and_no_package_of_the_script(monkeypatch, capsys):
+    trainer = trainer_for(arguments(max_steps=4, metric_for_best_model="accuracy"), compute_metrics=compute_metrics)
     trainer.train()
     for package in ("torchvision", "datasets"):
-        monkeypatch.setitem(sys.modules, package, None)  # as where it is not installed
-    results = trainer.save_results({"name": "noise"})
-    with open("PAI/results.json") as file:
-        assert json.load(file) == results
+        monkeypatch.setitem(sys.modules, package, None)  # as if it was not installed
+    results = trainer.save_results()
+    assert json.loads(Path("run/results.json").read_text()) == results
     assert set(results["final"]) == {"dendrites", "parameters", "validation_accuracy"}
     assert "transformers" in results["versions"] and not {"torchvision", "datasets"} & results["versions"].keys()
     assert f"validation_accuracy {results['final']['validation_accuracy']:.4f}" in capsys.readouterr().out
 
 
-def test_whole_aliases_are_written_and_partial_overlaps_are_not(tmp_path):
-    importlib.reload(safetensors.torch)  # as it is before a script calls the override
-    weight = torch.arange(6.0)
-    with pytest.raises(RuntimeError, match="share memory"):
-        safetensors.torch.save_file({"a": weight, "b": weight.view(6)}, tmp_path / "x")
-    ignore_shared_tensors()
-    ignore_shared_tensors()
-    safetensors.torch.save_file({"a": weight, "b": weight.view(6)}, tmp_path / "x")
-    assert torch.equal(safetensors.torch.load_file(tmp_path / "x")["b"], weight)
-    for other in (weight[:3], weight[1:], weight.view(2, 3)):
-        with pytest.raises(RuntimeError, match="share memory"):
-            safetensors.torch.save_file({"a": weight, "b": other}, tmp_path / "x")
+def test_schedule_that_waits_for_a_plateau_follows_the_metric():
+    for greater, mode in ((True, "max"), (False, "min")):
+        args = arguments(lr_scheduler_type="reduce_lr_on_plateau", greater_is_better=greater, max_steps=1)
+        trainer = trainer_for(args, dendrite_args=DendriteArguments(overwrite_run=True))
+        trainer.train()
+        assert trainer.lr_scheduler.mode == mode
+
+
+def test_secret_of_an_argument_is_in_no_file(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--hub_token", "hf_SECRET"])
+    trainer, _ = scripted(TWO_DENDRITES, hub_token="hf_SECRET", max_steps=4)
+    trainer.train()
+    trainer.save_results({"name": "texts"})
+    texts = [path.name for path in Path("run").rglob("*") if path.is_file() and b"hf_SECRET" in path.read_bytes()]
+    assert set(texts) <= {"training_args.bin"}, "that one is the Trainer's own"
+
+
+def test_any_name_of_a_metric_trains():
+    for number, name in enumerate(("f1, macro", "\u0442\u043e\u0447\u043d\u043e\u0441\u0442\u044c", "a/b", "top 5 %")):
+        args = arguments(metric_for_best_model=name, greater_is_better=True, output_dir=f"run{number}", max_steps=4)
+        metrics = {name: 0.5}
+        trainer = trainer_for(args, test_dataset=EVAL, compute_metrics=lambda p, metrics=metrics: metrics, plots=True)
+        trainer.train()
+        assert trainer.save_results({})["final"][f"test_{name}"] == 0.5
+
+
+# ------------------------------------------------------------------------------------------------------- unusual models
 
 
 class TwoNamesConfig(PreTrainedConfig):
@@ -99,45 +457,28 @@ class TwoNames(PreTrainedModel):
         return ImageClassifierOutput(loss=torch.nn.functional.cross_entropy(logits, labels), logits=logits)
 
 
-def test_a_second_name_for_the_body_is_deleted(arguments):
-    model = TwoNames(TwoNamesConfig())
-    assert "base_model" in dict(model.named_modules(remove_duplicate=False))
-    model = perforate(model, DendriteArguments(testing_dendrite_capacity=True), arguments)
-    assert "base_model" not in dict(model.named_modules(remove_duplicate=False))
-    trainer = trainer_for(model, arguments)
+def test_second_name_of_the_body_is_trained_and_saved_once():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(40, 1, 28, 28, generator=generator)
+    data = [{"pixel_values": image, "labels": index % 10} for index, image in enumerate(images)]
+    settings = DendriteArguments(testing_dendrite_capacity=True)
+    model, data = TwoNames(TwoNamesConfig()), {"train_dataset": data[:32], "eval_dataset": data[32:]}
+    trainer = trainer_for(model=model, dendrite_args=settings, **data)
     assert trainer.num_parameters == 7850
     trainer.train()
     assert trainer.num_dendrites == 3 and trainer.stopped_by == "tracker"
     trainer.save_model("saved")
     reloaded = load_perforated_model(TwoNames, "saved")
-    images = torch.randn(4, 1, 28, 28)
     labels = torch.zeros(4, dtype=torch.int64)
-    assert torch.equal(reloaded(images, labels).logits, model.eval()(images, labels).logits)
+    assert torch.equal(reloaded(images[:4], labels).logits, model.eval()(images[:4], labels).logits)
 
 
-def test_the_read_only_property_is_left_alone(arguments):
-    model = perforate(MnistCnnForImageClassification(MnistCnnConfig()), DendriteArguments(), arguments)
-    assert model.base_model is model
+def test_base_model_that_is_a_property_is_left_alone():
+    model = perforate(build(DISTILBERT), DendriteArguments(), arguments())
+    assert model.base_model is model.distilbert
 
 
-def test_a_call_to_the_debugger_becomes_an_error_with_the_librarys_message(arguments):
-    class Wide(MnistCnnForImageClassification):
-        """Its linear layers give three dimensions, which `output_dimensions` denies: the library prints that, exits."""
-
-        def forward(self, pixel_values, labels=None):
-            images = self.features(pixel_values).flatten(1).unsqueeze(1).expand(-1, 3, -1)
-            logits = self.classifier(images).mean(1)
-            return ImageClassifierOutput(loss=torch.nn.functional.cross_entropy(logits, labels), logits=logits)
-
-    original = pdb.set_trace
-    dendrite_args = DendriteArguments(output_dimensions=[-1, 0, -1, -1])  # for the convolutions alone
-    trainer = trainer_for(perforate(Wide(MnistCnnConfig()), dendrite_args, arguments), arguments)
-    with pytest.raises(PerforatedError, match="this_output_dimensions"):
-        trainer.train()
-    assert pdb.set_trace is original
-
-
-def test_on_the_fork_the_trainers_own_steps_are_off(arguments):
+def test_steps_of_the_fork_are_off():
     seen = []
 
     class Fork(Trainer):
@@ -146,94 +487,36 @@ def test_on_the_fork_the_trainers_own_steps_are_off(arguments):
             super().__init__(*args, **kwargs)
 
     class OnFork(PerforatedTrainer, Fork):
-        """PerforatedTrainer where the next class is the fork's Trainer."""
+        """PerforatedTrainer if the next class is the fork's Trainer."""
 
-    model = perforate(MnistCnnForImageClassification(MnistCnnConfig()), DendriteArguments(), arguments)
-    trainer_for(model, arguments, cls=OnFork).train()
+    trainer_for(arguments(max_steps=2), OnFork).train()
     assert seen == [False]
 
 
-def test_an_optimizer_of_the_old_network_is_refused(arguments):
-    model = perforate(MnistCnnForImageClassification(MnistCnnConfig()), DendriteArguments(), arguments)
-    with pytest.raises(PerforatedError, match="optimizer_cls_and_kwargs"):
-        trainer_for(model, arguments, optimizers=(torch.optim.SGD(model.parameters()), None))
-    trainer_for(model, arguments, optimizer_cls_and_kwargs=(torch.optim.SGD, {"lr": 0.1})).train()
+def test_run_without_a_dendrite_is_a_run_of_the_stock_trainer():
+    """Losses, evaluations and weights to the bit; the run is too short for a dendrite."""
+    ours = trainer_for(arguments(logging_steps=1), dendrite_args=DendriteArguments())
+    ours.train()
+    set_seed(0)
+    data = {"train_dataset": TRAIN, "eval_dataset": EVAL}
+    stock = Trainer(build(DISTILBERT), arguments(logging_steps=1, output_dir="stock"), **data)
+    stock.train()
+    assert losses(ours) == losses(stock) and series(ours, "eval_loss") == series(stock, "eval_loss")
+    assert len(losses(ours)) == 8 and ours.cycles()[0]["global_step"] == 8, "the last evaluation was the best"
+    for name, value in stock.model.state_dict().items():
+        assert torch.equal(value, ours.model.state_dict()[name]), name
 
 
-def test_the_schedule_follows_the_metric(arguments):
-    arguments.lr_scheduler_type = "reduce_lr_on_plateau"
-    model = perforate(MnistCnnForImageClassification(MnistCnnConfig()), DendriteArguments(), arguments)
-    trainer = trainer_for(model, arguments)
-    trainer.train()
-    assert trainer.lr_scheduler.mode == "max"
-
-
-def test_private_names_that_are_used_exist(arguments):
-    """accelerate's mark (1.15) and the Trainer's number of GPUs (transformers 5.23), see the comments at their uses."""
-    model = perforate(MnistCnnForImageClassification(MnistCnnConfig()), DendriteArguments(), arguments)
-    trainer = trainer_for(model, arguments)
-    trainer.evaluate()
-    assert model._is_accelerate_prepared is True and arguments._n_gpu == arguments.n_gpu
-
-
-class LooksAtShortcuts(TrainerCallback):
-    """Switches a module to evaluation before each step, counts what the network has, keeps a copy of the first one."""
-
-    def __init__(self):
-        self.numbers, self.copy = [], None
-
-    def on_step_begin(self, args, state, control, model=None, **kwargs):
-        assert vars(model)["parameters"]
-        model.classifier[0].eval()
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        assert all(module.training for module in model.modules())  # the Trainer's train() reached each of them
-        assert any(parameter.grad is not None for parameter in model.parameters())
-        self.numbers.append(len(list(model.parameters())))
-        assert self.numbers[-1] == len({id(parameter) for _, parameter in model.named_parameters()})
-        self.copy = self.copy or copy.deepcopy(model)
-
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        assert all(parameter.grad is None for parameter in model.parameters())
-
-
-def test_what_is_looked_up_once_a_cycle_is_what_is_there(arguments):
-    callback = LooksAtShortcuts()
-    settings = DendriteArguments(n_epochs_to_switch=1, max_dendrites=1)
-    trainer = trainer_for(MnistCnnForImageClassification(MnistCnnConfig()), arguments, dendrite_args=settings)
-    trainer.args.max_steps = 20
-    trainer.add_callback(callback)
-    trainer.train()
-    assert len(set(callback.numbers)) > 1, "a dendrite was added"
-    assert not {"parameters", "train"} & vars(trainer.model).keys()
-    assert not {"parameters", "train"} & vars(trainer.deployed_model()).keys()
-    own = {id(parameter) for parameter in trainer.model.parameters()}
-    copied = list(callback.copy.parameters())
-    assert len(copied) == callback.numbers[0] and not own & {id(parameter) for parameter in copied}
-    assert not callback.copy.eval().features.training
-
-
-def test_shortcuts_end_with_an_error_too(arguments):
-    class Stops(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            raise RuntimeError("of the user")
-
-    trainer = trainer_for(MnistCnnForImageClassification(MnistCnnConfig()), arguments, callbacks=[Stops()])
-    with pytest.raises(RuntimeError, match="of the user"):
+def test_trainer_and_model_are_freed_without_the_garbage_collector():
+    """In a cycle of references, a GPU's memory and the processes of a data loader would stay until it runs."""
+    for mode in ("history", "fixed"):
+        settings = DendriteArguments(n_epochs_to_switch=1, max_dendrites=1, switch_mode=mode)
+        trainer = trainer_for(arguments(output_dir=mode), dendrite_args=settings, plots=True)
         trainer.train()
-    assert not {"parameters", "train"} & vars(trainer.model).keys()
-
-
-def test_persistent_workers_do_not_give_the_test_data_the_loader_of_the_validation(arguments):
-    arguments.dataloader_num_workers, arguments.dataloader_persistent_workers = 1, True
-    model, data = MnistCnnForImageClassification(MnistCnnConfig()), rows(30)
-    for number, row in enumerate(data):
-        row["labels"] = number % 10 if number < 20 else 0
-    model.classifier[-1].bias.data[0] = 100.0  # answers 0, whatever it sees
-    trainer = trainer_for(model, arguments, test_dataset=data[20:])
-    trainer.eval_dataset = data[:20]
-    arguments.learning_rate = 0.0
-    trainer.train()
-    for name, score in (("eval_accuracy", 0.1), ("test_accuracy", 1.0)):
-        assert {entry[name] for entry in trainer.state.log_history if name in entry} == {score}
-    assert trainer.get_eval_dataloader(trainer.test_dataset) is trainer.get_eval_dataloader(trainer.test_dataset)
+        left = weakref.ref(trainer), weakref.ref(trainer.model)
+        gc.disable()
+        try:
+            del trainer
+            assert [reference() for reference in left] == [None, None]
+        finally:
+            gc.enable()

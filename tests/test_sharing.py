@@ -1,0 +1,336 @@
+"""What was trained next to a frozen base: saved without the base, loaded onto it, on a quantized base, and resumed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import models
+import pytest
+import torch
+from torch import nn
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
+from transformers import (
+    AutoModel,
+    DistilBertForSequenceClassification,
+    DistilBertModel,
+    TorchAoConfig,
+    TrainingArguments,
+)
+
+import perforated_trainer
+from perforated_trainer import DendriteArguments, PerforatedError, PerforatedTrainer, load_dendrites, sharing
+
+NAME = "DistilBertForSequenceClassification"
+ROWS = models.rows(NAME)
+INPUTS = {"input_ids": torch.stack([row["input_ids"] for row in ROWS[:8]])}
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    DistilBertModel(models.build(NAME).config).save_pretrained("body")
+
+
+def base(name="body", **kwargs):
+    torch.manual_seed(1)
+    return DistilBertForSequenceClassification.from_pretrained(name, **kwargs)
+
+
+def quantized():
+    model = base()
+    quantize_(model, Int8WeightOnlyConfig(), lambda m, name: isinstance(m, nn.Linear) and "classifier" not in name)
+    return model
+
+
+def quantized_by_transformers():
+    config = TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=["classifier", "pre_classifier"])
+    return base(quantization_config=config)
+
+
+def trainer(model, steps=8, **changes):
+    args = TrainingArguments(
+        output_dir="run",
+        use_cpu=True,
+        max_steps=steps,
+        eval_strategy="steps",
+        eval_steps=2,
+        save_steps=2,
+        metric_for_best_model="loss",
+        learning_rate=1e-2,
+        report_to="none",
+        disable_tqdm=True,
+    )
+    settings = {"dendrite_rank": 2, "num_initial_dendrites": 1, "freeze_base": True, "max_dendrites": 3}
+    settings |= {"n_epochs_to_switch": 1, "improvement_threshold": 0.5}
+    return PerforatedTrainer(
+        model=model,
+        args=args,
+        dendrite_args=DendriteArguments(**settings | changes),
+        train_dataset=ROWS[:32],
+        eval_dataset=ROWS[32:],
+    )
+
+
+def trained(model=None, **changes):
+    found = trainer(model or base(), **changes)
+    found.train()
+    return found
+
+
+@torch.no_grad()
+def logits(model):
+    return model.eval()(**INPUTS).logits
+
+
+def same_values(first, second):
+    first, second = first.state_dict(), second.state_dict()
+    assert first.keys() == second.keys()
+    return all(sharing.fingerprint(first[name]) == sharing.fingerprint(second[name]) for name in first)
+
+
+def test_dendrites_only_loads_in_three_ways_to_equal_bits(capsys):
+    run = trained()
+    run.save_model("only", dendrites_only=True)
+    assert "the base is known by a path of this machine, body" in capsys.readouterr().out
+    size = sum(path.stat().st_size for path in Path("only").glob("*.safetensors"))
+    numbers = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+    assert run.num_dendrites == 2 and size < 4 * numbers + 12_000
+    for loaded in (
+        load_dendrites(base(), "only"),
+        DistilBertForSequenceClassification.from_pretrained("only"),
+        perforated_trainer.load_perforated_model(DistilBertForSequenceClassification, "only"),
+    ):
+        assert same_values(loaded, run.model) and torch.equal(logits(loaded), logits(run.model))
+        needed = {name for name, p in run.model.named_parameters() if p.requires_grad}
+        assert {name for name, p in loaded.named_parameters() if p.requires_grad} == needed
+
+
+def test_new_process_without_training_packages_loads_equal_logits():
+    run = trained()
+    run.save_model("only", dendrites_only=True)
+    torch.save(logits(run.model), "logits.pt")
+    code = f"""
+import sys
+sys.modules["perforatedai"] = None
+import torch
+from perforated_trainer import load_dendrites
+from transformers import DistilBertForSequenceClassification as Model
+inputs = {{"input_ids": torch.tensor({INPUTS["input_ids"].tolist()})}}
+for model in (Model.from_pretrained("only"), load_dendrites(Model.from_pretrained("body"), "only")):
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, torch.load("logits.pt"))
+assert "perforated_trainer.trainer" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_body_of_another_class_gets_its_part():
+    run = trained()
+    run.save_model("only", dendrites_only=True)
+    body = AutoModel.from_pretrained("only").eval()
+    with torch.no_grad():
+        assert torch.equal(body(**INPUTS)[0], run.model.distilbert.eval()(**INPUTS)[0])
+
+
+def test_final_is_self_contained_and_checkpoints_hold_the_trained_part():
+    run = trained()
+    run.save_results()
+    Path("body").rename("elsewhere")
+    assert torch.equal(logits(DistilBertForSequenceClassification.from_pretrained("run/final")), logits(run.model))
+    checkpoint = Path("run/checkpoint-8/model.dendrites.safetensors")
+    assert checkpoint.stat().st_size < Path("run/final/model.dendrites.safetensors").stat().st_size / 5
+    with pytest.raises(OSError, match="these dendrites are for the model 'body', which cannot be loaded"):
+        DistilBertForSequenceClassification.from_pretrained("run/checkpoint-8")
+    Path("elsewhere").rename("body")
+    loaded = DistilBertForSequenceClassification.from_pretrained("run/checkpoint-8")
+    assert set(loaded.state_dict()) >= set(run.model.state_dict())
+
+
+@pytest.mark.parametrize("make", [base, quantized])
+def test_resume_with_frozen_base_gives_the_same_bits(make):
+    whole = trained(make())
+    for step in (6, 8):
+        Path(f"run/checkpoint-{step}").rename(f"later-{step}")
+    again = trainer(make())
+    again.train(resume_from_checkpoint=True)
+    assert whole.restarts == again.restarts and same_values(whole.model, again.model)
+
+
+def test_resume_on_another_base_raises_with_its_names():
+    trained()
+    model = base()
+    with torch.no_grad():
+        model.distilbert.transformer.layer[0].ffn.lin1.bias[0] += 1e-6
+    with pytest.raises(PerforatedError, match=r"another base: distilbert\.transformer\.layer\.0\.ffn\.lin1\.bias has"):
+        trainer(model).train(resume_from_checkpoint=True)
+
+
+def test_training_continues_from_loaded_dendrites_with_their_base():
+    trained().save_model("only", dendrites_only=True)
+    model = DistilBertForSequenceClassification.from_pretrained("only")
+    body = {name: value.clone() for name, value in model.distilbert.state_dict().items() if "dendrite" not in name}
+    head = model.classifier.weight.clone()
+    again = trained(model, max_dendrites=3, overwrite_run=True, num_initial_dendrites=0)
+    assert not torch.equal(model.classifier.weight, head)
+    assert all(torch.equal(model.distilbert.state_dict()[name], value) for name, value in body.items())
+    again.save_model("again", dendrites_only=True)
+    assert json.loads(Path("again/config.json").read_text())["quantization_config"]["base"]["name"] == "body"
+    assert same_values(load_dendrites(base(), "again"), again.model)
+
+
+@pytest.mark.parametrize("make", [quantized, quantized_by_transformers])
+def test_quantized_base_trains_saves_and_loads_equal_bits(make):
+    run = trained(make())
+    assert run.num_dendrites == 2
+    run.save_results()  # `final/` cannot hold a base that no file has
+    card = Path("run/final/README.md").read_text()
+    assert "quantized" in card and "load_dendrites(base" in card
+    run.save_model("only", dendrites_only=True)
+    for name in ("only", "run/final"):
+        loaded = load_dendrites(make(), name)
+        assert same_values(loaded, run.model) and torch.equal(logits(loaded), logits(run.model))
+    with pytest.raises(ValueError, match=r"for body, quantized \(.*load_dendrites"):
+        DistilBertForSequenceClassification.from_pretrained("only")
+    with pytest.raises(ValueError, match="another base: .*q_lin.weight has other values"):
+        load_dendrites(base(), "only")
+
+
+@pytest.mark.parametrize("changes", [{"freeze_base": False}, {"dendrite_rank": None}])
+def test_quantized_base_without_rank_or_freeze_raises_one_line(changes):
+    with pytest.raises(PerforatedError, match="quantized .* cannot be trained: set --freeze_base and --dendrite_rank"):
+        trainer(quantized(), **changes)
+
+
+def test_quantized_layer_of_another_class_is_called_as_it_is():
+    class Int8Linear(nn.Linear):
+        """As bitsandbytes has it: another class, with weights that are no parameters that train."""
+
+        def __init__(self, linear):
+            super().__init__(linear.in_features, linear.out_features)
+            scale = linear.weight.abs().amax() / 127
+            weight = (linear.weight / scale).round().to(torch.int8)
+            self.weight = nn.Parameter(weight, requires_grad=False)
+            self.bias, self.scale, self.compute_dtype = None, scale.detach(), torch.bfloat16
+
+        def forward(self, x):
+            return nn.functional.linear(x, (self.weight * self.scale).to(x.dtype))
+
+    layer, x = Int8Linear(nn.Linear(8, 6)), torch.randn(4, 8, dtype=torch.bfloat16)
+    expected = layer(x)
+    perforated_trainer.layers.add_dendrites(layer, 1, rank=2)
+    assert layer.dendrite_down.dtype == torch.bfloat16 and torch.equal(layer(x), expected)
+    nn.init.ones_(layer.dendrite_to_output)
+    layer(x).sum().backward()
+    assert layer.dendrite_up.grad is not None and layer.weight.grad is None
+
+
+# ------------------------------------------------------------------------------------------------------------ refusals
+
+
+def test_dendrites_only_without_name_of_the_base_raises_one_line():
+    model = base()
+    run = trainer(model, modules_to_train=["classifier"])
+    model.config._name_or_path = ""
+    with pytest.raises(PerforatedError, match="does not know the name of its base"):
+        run.save_model("only", dendrites_only=True)
+    assert not Path("only").exists()
+
+
+def test_dendrites_only_of_a_model_that_is_not_frozen_raises_one_line():
+    run = trainer(base(), freeze_base=False)
+    with pytest.raises(PerforatedError, match="nothing of this model is frozen"):
+        run.save_model("only", dendrites_only=True)
+
+
+def _other_base(config):
+    torch.manual_seed(5)
+    DistilBertModel(models.build(NAME).config).save_pretrained("other")
+    return base("other")
+
+
+def _fewer_layers(config):
+    return models.build(NAME, n_layers=0)
+
+
+def _newer(config):
+    config["quantization_config"]["format"] = 99
+    return base()
+
+
+def _complete(config):
+    del config["quantization_config"]["base"]
+    return base()
+
+
+def _unknown_layer(config):
+    config["quantization_config"]["layers"]["distilbert.nowhere"] = 1
+    return base()
+
+
+def _more_dendrites(config):
+    config["quantization_config"]["layers"]["distilbert.transformer.layer.0.ffn.lin1"]["dendrites"] = 3
+    return base()
+
+
+def _other_dtype(config):
+    return base(dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (_other_base, "trained on another base: .*word_embeddings.weight has other values, .* and 5 more"),
+        (_fewer_layers, "trained on another base: this DistilBertForSequenceClassification has no distilbert"),
+        (_newer, "saved in format 99 by a newer version"),
+        (_complete, "does not hold dendrites alone"),
+        (_unknown_layer, "has no distilbert.nowhere"),
+        (_more_dendrites, "3 dendrites, but the weights are of 1"),
+        (_other_dtype, "word_embeddings.weight is bfloat16 .*, float32 .* is needed"),
+    ],
+)
+def test_load_dendrites_bad_folder_raises_one_line_and_changes_nothing(change, message):
+    run = trainer(base())
+    run.save_model("only", dendrites_only=True)
+    config = json.loads(Path("only/config.json").read_text())
+    model = change(config)
+    Path("only/config.json").write_text(json.dumps(config))
+    before = {name: sharing.fingerprint(value) for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=message) as error:
+        load_dendrites(model, "only")
+    assert "\n" not in str(error.value)
+    assert {name: sharing.fingerprint(value) for name, value in model.state_dict().items()} == before
+
+
+def test_load_dendrites_without_a_folder_raises_one_line():
+    with pytest.raises(OSError, match="there is no config.json in nowhere"):
+        load_dendrites(base(), "nowhere")
+
+
+def test_base_that_is_itself_dendrites_alone_is_refused():
+    run = trainer(base())
+    run.save_model("only", dendrites_only=True)
+    config = json.loads(Path("only/config.json").read_text())
+    config["quantization_config"]["base"]["name"] = "only"
+    Path("only/config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="is itself a folder with dendrites alone"):
+        DistilBertForSequenceClassification.from_pretrained("only")
+
+
+def test_fingerprint_changes_with_values_shape_and_type():
+    tensor = torch.arange(4.0)
+    others = [tensor + 1, tensor.view(2, 2), tensor.double(), tensor.to(torch.bfloat16)]
+    assert len({sharing.fingerprint(value) for value in (tensor, *others)}) == 5
+    assert sharing.fingerprint(tensor.clone()) == sharing.fingerprint(tensor)
+
+
+def test_fingerprints_are_read_again_after_a_change_in_place():
+    model = nn.Linear(2, 2)
+    first = sharing.fingerprints(model, model.state_dict())
+    with torch.no_grad():
+        model.weight += 1
+    second = sharing.fingerprints(model, model.state_dict())
+    assert first["weight"] != second["weight"] and first["bias"] == second["bias"]
