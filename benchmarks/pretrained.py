@@ -81,7 +81,7 @@ class Row:
 
 LOW, MIDDLE, HIGH, HIGHEST = ([rate * 2**i for i in range(4)] for rate in (1e-4, 1.25e-3, 2.5e-3, 5e-3))
 _LORA = [{"dropout": 0.1}, {"alpha": 1}]  # alpha as a multiple of the rank; 2 at first
-_DENDRITE = [{"dropout": 0.1}, {"init_scale": 0.3}]  # 0.1 at first
+_DENDRITE = [{"init_scale": 0.3}, {"dropout": 0.1}]  # 0.1 at first
 _FULL = [{"dropout": 0.1}, {"weight_decay": 0.1}]
 HEAD, LORA, DORA, FULL, FULL_RANK = "head alone", "LoRA", "DoRA", "full fine-tuning", "full-rank dendrites added"
 SIGMOID, TANH, GELU, IDENTITY = (f"one dendrite, {name}" for name in ("sigmoid", "tanh", "GELU", "identity"))
@@ -426,7 +426,8 @@ def difference(one: list[dict], other: list[dict]) -> tuple[str, str, int]:
 
 
 def print_tables(records: list[dict]) -> None:
-    finished = [record for record in records if not record["search"]]
+    key = "row blocks train_texts rank seed".split()
+    finished = {tuple(r[name] for name in key): r for r in records if not r["search"]}.values()  # the last one counts
     for blocks, train_texts, rank in sorted({(r["blocks"], r["train_texts"], r["rank"]) for r in finished}):
         if not blocks:
             continue

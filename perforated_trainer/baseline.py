@@ -76,6 +76,8 @@ class Baseline(Growth):
             for name in sorted((then.keys() | settings.keys()) - _OWN)
             if then.get(name) != settings.get(name)
         ]
+        if not self.results["cycles"]:
+            raise PerforatedError(f"--control_of {self.run_dir}: no evaluation of this run had a finite score")
         without = self.results.get("parameters_without_dendrites") or self.results["cycles"][0]["parameters"]
         if self.same_network and without != self.num_parameters:
             different.append(f"parameters ({without:,} there, {self.num_parameters:,} here)")

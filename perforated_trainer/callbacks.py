@@ -97,7 +97,7 @@ class FiniteLossCallback(TrainerCallback):
 
 
 class DendriteCallback(TrainerCallback):
-    """Watches which layers the training uses.
+    """Notes at each step that the network changes, and which layers the training uses.
 
     Args:
         trainer (`PerforatedTrainer`): Its growth at each step is the one that is told.
@@ -107,6 +107,7 @@ class DendriteCallback(TrainerCallback):
         self._trainer = trainer
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self._trainer.growth.changed()
         self._trainer.growth.watch_gradients()
 
 

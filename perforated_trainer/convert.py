@@ -154,7 +154,7 @@ def _check_quantized(model: nn.Module, args: DendriteArguments) -> None:
         if not args.freeze_base or not args.dendrite_rank:
             raise PerforatedError(
                 f"the weights of {type(model).__name__} are quantized ({method}) and cannot be trained: set "
-                "--freeze_base and --dendrite_rank (freeze_base=True, dendrite_rank=8)"
+                "--freeze_base and --dendrite_rank"
             )
         if not all(map(sharing.base_of, outermost_models(model))):
             raise PerforatedError(
@@ -221,7 +221,10 @@ def _choose(model: nn.Module, args: DendriteArguments) -> Plan:
         if count > 1
     }
     outputs = {part.get_output_embeddings() for part in outermost_models(model)} - {None}
-    reads, plan, joined = layers_read(model), Plan([]), set()
+    reads, plan, joined, saved = layers_read(model), Plan([]), set(), None
+    if hasattr(model, "save_pretrained") and not isinstance(model, PreTrainedModel):  # a model of another library
+        parts = outermost_models(model)
+        saved = {name for name, module in model.named_modules() if module in parts}
     if args.freeze_base:
         plan.trained = _trained_next_to_dendrites(model, args)
     trained = {id(model.get_parameter(name)) for name in plan.trained}
@@ -240,6 +243,8 @@ def _choose(model: nn.Module, args: DendriteArguments) -> Plan:
             pass
         elif name in reads:
             reason = f"weights are read by {reads[name]}"
+        elif saved is not None and not path & saved:
+            reason = f"{type(model).__name__} could not load them"
         elif name not in asked:
             if not {kind, args.dendrite_rank and layers.kind_of_low_rank(module)} & set(args.module_names_to_perforate):
                 reason = "other type of layer"
@@ -293,11 +298,12 @@ def _trained_next_to_dendrites(model: nn.Module, args: DendriteArguments) -> lis
     every = [name for name, _ in model.named_modules()]
     chosen = {name for names in patterns.find(args.modules_to_train, every).values() for name in names}
     parameters = dict(model.named_parameters())
-    if all(_compat.is_new(p) or sharing.is_quantized(p) for p in parameters.values()):
+    if "dendrites_base" in vars(model):  # loaded with its dendrites: what was trained there
+        new = set(model.dendrites_base["trained"])
+    elif all(_compat.is_new(p) or sharing.is_quantized(p) for p in parameters.values()):
         new = set()  # not from `from_pretrained`: nothing says what is new
     else:
         new = {name for name, parameter in parameters.items() if _compat.is_new(parameter)}
-    new |= set(getattr(model, "dendrites_base", {}).get("trained", ()))  # where its dendrites were trained
     trained = [
         name
         for name in parameters

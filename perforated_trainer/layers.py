@@ -134,9 +134,25 @@ def _parts(stacked, number, axis):
 class _Fused(_Layer):
     """Dendrites of full rank, stacked along the dimension of the neurons."""
 
+    def forward(self, *args, **kwargs):
+        base = base_class(self)
+        if base not in _CONVOLVE or not self._in_one_product():
+            return super().forward(*args, **kwargs)
+        # A convolution of few channels takes as long as one of some more, so its own channels are computed with those
+        # of its dendrites, to the same bits.
+        x = args[0] if args else next(iter(kwargs.values()))
+        bias = None if self.bias is None else torch.cat([self.bias, self.dendrite_bias])
+        outputs = _product(self, x, torch.cat([self.weight, self.dendrite_weight]), bias)
+        output, *sums = outputs.chunk(self.num_dendrites + 1, self.dendrite_dim)
+        activation = ACTIVATIONS[self.dendrite_activation]
+        return _combine(output, sums, self.dendrite_to_dendrite, self.dendrite_to_output, activation, self.dendrite_dim)
+
+    def _in_one_product(self):
+        return getattr(self, "groups", 1) == 1 and self.dendrite_weight.numel() <= FUSED_UP_TO * self.num_dendrites
+
     def _sums(self, output, input):
         number, axis = self.num_dendrites, _AXES[base_class(self)][1]
-        if getattr(self, "groups", 1) == 1 and self.dendrite_weight.numel() <= FUSED_UP_TO * number:
+        if self._in_one_product():
             sums = _product(self, input, self.dendrite_weight, getattr(self, "dendrite_bias", None))
             return sums.chunk(number, self.dendrite_dim)
         weights, biases = _parts(self.dendrite_weight, number, axis), [None] * number

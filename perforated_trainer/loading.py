@@ -274,16 +274,19 @@ def load_base(model: nn.Module, config: DendriteConfig, expected: dict[str, str]
     """
     global _loading_base
     base, kept, level = config.base, copy.deepcopy(model.config), transformers.utils.logging.get_verbosity()
-    if hasattr(kept, "quantization_config"):
-        del kept.quantization_config
+    vars(kept).pop("quantization_config", None)
     _loading_base = True
     transformers.utils.logging.set_verbosity_error()  # a head of its own that it lacks is not missed
     try:
+        revision = base.get("revision") or "main"
+        own, _ = type(kept).get_config_dict(base["name"], revision=revision)
+        if mark := own.get("quantization_config"):  # of a base with dendrites of its own
+            kept.quantization_config = mark
         with torch.random.fork_rng(devices=[]):
             loaded = type(model).from_pretrained(
                 base["name"],
                 config=kept,
-                revision=base.get("revision") or "main",
+                revision=revision,
                 dtype=getattr(torch, base.get("dtype", ""), None),
                 ignore_mismatched_sizes=True,
             )
@@ -506,6 +509,10 @@ def dendrite_config(model: nn.Module, weights: str = WEIGHTS, base: dict | None 
 
 class _Model(_Reduced):
     """A model whose `save_pretrained` writes what `from_pretrained` above reads."""
+
+    def train(self, mode=True):
+        """As in the model's class; quick if all modules are in that mode, which the Trainer asks for at each step."""
+        return self if all(module.training is mode for module in self.modules()) else super().train(mode)
 
     def save_pretrained(self, save_directory, *args, push_to_hub=False, variant=None, dendrites_only=False, **kwargs):
         """As in transformers. A model with dendrites is saved under one name only, so `variant` is not read.

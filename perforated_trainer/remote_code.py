@@ -1,7 +1,5 @@
 """Code that is saved with a model, so that `from_pretrained(folder, trust_remote_code=True)` needs only the folder."""
 
-from __future__ import annotations
-
 import ast
 import builtins
 import dis
@@ -10,7 +8,6 @@ import json
 import linecache
 import re
 import sys
-import sysconfig
 import tokenize
 from pathlib import Path
 from types import CodeType, FunctionType
@@ -29,7 +26,6 @@ _IMPORTS = ast.Import, ast.ImportFrom
 _ASSIGNMENTS = ast.Assign, ast.AnnAssign, ast.AugAssign
 _ITEMS = ast.Attribute, ast.Subscript
 _CONTAINERS = ast.Dict, ast.List, ast.Set, ast.DictComp, ast.ListComp, ast.SetComp
-_INSTALLED = [Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
 
 
 class ModelCode:
@@ -141,11 +137,11 @@ def extract(model_class: type, config_class: type) -> tuple[str, list[str]]:
     """
     classes = [cls for cls in (model_class, config_class) if not cls.__module__.startswith("transformers.")]
     source = _Source(model_class)
-    chosen = source.choose({cls.__name__ for cls in classes})
+    chosen, needed = source.choose({cls.__name__ for cls in classes})
     parts = sorted(chosen, key=lambda node: not _is_future(node))
     text = "\n\n".join([f'"""{model_class.__name__}, taken from {source.label}."""', *(n.text for n in parts)]) + "\n"
     source.check_memory(chosen, {cls.__name__: cls for cls in classes})
-    return text, source.constants(chosen)
+    return text, source.constants(chosen, needed)
 
 
 def _read_source(cls):
@@ -171,14 +167,15 @@ class _Source:
         self.label, texts = _read_source(cls)
         for text in texts:
             try:
-                codes = _codes(compile(text, "<source>", "exec", dont_inherit=True))
+                codes = _codes(compile(text, "<source>", "exec"))
             except (SyntaxError, ValueError):
                 if len(texts) == 1:
                     raise
                 continue  # a cell that failed
             for node in [part for whole in ast.parse(text).body for part in _split(whole)]:
-                node.text, lines, key = _text(node, text), range(_first_line(node), node.end_lineno + 1), id(node)
-                node.codes = {_plain(code) for code in codes if code.co_firstlineno in lines}
+                first = min([node.lineno, *[decorator.lineno for decorator in getattr(node, "decorator_list", [])]])
+                node.text, key = _text(node, text.split("\n")[first - 1 : node.lineno - 1], text), id(node)
+                node.codes = {_plain(code) for code in codes if first <= code.co_firstlineno <= node.end_lineno}
                 if isinstance(node, _DEFINITIONS) and len(texts) > 1:
                     key = node.name  # of a cell that was run again, the last text counts, at the first place
                 if not (isinstance(node, ast.If) and "__name__" in ast.dump(node.test)):  # done when a script is run
@@ -190,13 +187,12 @@ class _Source:
         self.imported = {name for node in leaves if isinstance(node, _IMPORTS) for name in _stored(node)}
 
     def choose(self, classes):
-        """The statements that define these classes and all that they read."""
+        """The statements that define these classes and all that they read, and the names of all that."""
         needed, before = set(classes), None
         while before != needed:
             before = set(needed)
             chosen = [n for n in self.statements if _is_future(n) or self.defined(n) & {*needed, "*"}]
             needed |= {name for node in chosen for name in _read(node)}
-        self.needed = needed
         for node in (node for node in self.statements if not self.defined(node)):
             calls = [n.func for n in ast.walk(node) if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute)]
             filled = self.containers & {getattr(function.value, "id", None) for function in calls}
@@ -210,7 +206,7 @@ class _Source:
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module]
             if getattr(node, "level", 0) or any(map(self.is_next_to_it, names)):
                 raise ValueError(f"{self.place(node)} imports from another file of the same project")
-        return chosen
+        return chosen, needed
 
     def defined(self, node):
         """Names that a statement of the top level gives a meaning; none if it does more than define."""
@@ -220,23 +216,23 @@ class _Source:
         return set() if does_more else set().union(*map(_stored, leaves))
 
     def is_next_to_it(self, module):
-        """Whether a module is in the package, or else in the folder, of this one, and not installed."""
-        files = [getattr(sys.modules.get(n), "__file__", None) for n in (module, self.module.__name__.split(".")[0])]
-        if not files[0]:
+        """Whether a module is in the package of this one, or in its folder, and not installed."""
+        top = self.module.__name__.split(".")[0]
+        file, own = (getattr(sys.modules.get(name), "__file__", None) for name in (module, top))
+        if not file or {"site-packages", "dist-packages"} & {*Path(file).parts} or module in sys.stdlib_module_names:
             return False
-        is_installed = any(map(Path(files[0]).is_relative_to, _INSTALLED))
-        return Path(files[0]).resolve().is_relative_to(Path(files[1] or "cell").resolve().parent) and not is_installed
+        return Path(file).resolve().is_relative_to(Path(own or "cell").resolve().parent)
 
     def place(self, node):
         return f"line {node.lineno} of {self.label}"
 
-    def constants(self, chosen):
+    def constants(self, chosen, needed):
         """Names and lines of the constants with a text in them."""
         found = []
         for node in (leaf for whole in chosen for leaf in _leaves(whole) if isinstance(leaf, _ASSIGNMENTS)):
             texts = [part.value for part in ast.walk(node) if isinstance(part, ast.Constant)]
             if any(text and isinstance(text, (str, bytes)) and text not in _stored(node) for text in texts):
-                if not _stored(node) & self.needed:
+                if not _stored(node) & needed:
                     raise ValueError(f"{self.place(node)} is in one block with what the model needs, and may be secret")
                 found += [f"{name} ({self.place(node)})" for name in sorted(_stored(node))]
         return found
@@ -273,15 +269,10 @@ def _split(node):
     return [ast.fix_missing_locations(ast.copy_location(part, node)) for part in new]
 
 
-def _text(node, source):
+def _text(node, decorators, source):
     """The text of a statement, with its comments if possible."""
-    lines = source.split("\n")[_first_line(node) - 1 : node.lineno - 1]  # splitlines() knows more ends of lines
-    text = "\n".join([*lines, ast.get_source_segment(source, node)])
+    text = "\n".join([*decorators, ast.get_source_segment(source, node)])
     return text if ast.dump(ast.parse(text)) == ast.dump(ast.Module([node], [])) else ast.unparse(node)
-
-
-def _first_line(node):
-    return min([node.lineno, *[decorator.lineno for decorator in getattr(node, "decorator_list", [])]])
 
 
 def _is_future(node):
@@ -312,7 +303,8 @@ def _stored(node, kinds=(ast.Name, *_ITEMS)):
 
 def _read(node):
     """Names of the module's top level that a statement reads. Local variables of the same name are not read."""
-    instructions = [i for code in _codes(compile(node.text, "<saved>", "exec")) for i in dis.get_instructions(code)]
+    codes = _codes(compile(node.text, "<source>", "exec"))
+    instructions = [instruction for code in codes for instruction in dis.get_instructions(code)]
     return {i.argval for i in instructions if "GLOBAL" in i.opname or i.opname == "LOAD_NAME"}
 
 

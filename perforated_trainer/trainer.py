@@ -324,7 +324,6 @@ class PerforatedTrainer(ExportingTrainer):
 
     def training_step(self, model, *args, **kwargs):
         """As in `Trainer`, with the wrapper of the network as it is now."""
-        self.growth.changed()
         model = model if self.args.torch_compile else self.model_wrapped
         if "training" in self._unwatched:
             with self._watch("training"):

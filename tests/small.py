@@ -3,14 +3,16 @@
 `scripted` replaces the scores by those of a list and `kept` tells which evaluation the trained model is that of.
 """
 
+import json
 import os
 import signal
+from pathlib import Path
 
 import numpy as np
 from models import build, rows
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
-from perforated_trainer import DendriteArguments, PerforatedTrainer
+from perforated_trainer import DendriteArguments, PerforatedTrainer, checkpoint
 from perforated_trainer.callbacks import PlotCallback
 
 DISTILBERT = "DistilBertForSequenceClassification"
@@ -81,6 +83,13 @@ def kept(trainer, script):
     script.running = False
     now = trainer.predict(trainer.eval_dataset).predictions
     return list(dict.fromkeys(score for score, predictions in script.seen if np.array_equal(predictions, now)))
+
+
+def scores_left(scores, trainer):
+    """The scores of a list that are left for a run that is resumed from its newest checkpoint."""
+    newest = checkpoint.find(True, Path(trainer.args.output_dir), print)
+    history = json.loads((newest / "trainer_state.json").read_text())["log_history"]
+    return scores[sum("eval_score" in entry for entry in history) :] or scores[-1:]
 
 
 def losses(trainer):

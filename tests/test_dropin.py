@@ -13,10 +13,11 @@ from transformers import EarlyStoppingCallback, Seq2SeqTrainer, Seq2SeqTrainingA
 from transformers.trainer_utils import get_last_checkpoint
 
 from perforated_trainer import DendriteArguments, PerforatedSeq2SeqTrainer, PerforatedTrainer, perforate
+from perforated_trainer.layers import layers_with_dendrites
 
 T5 = "T5ForConditionalGeneration"
 SLOW = pytest.mark.slow
-STILL = {"learning_rate": 1e-9}  # the score stays where it is: each second evaluation adds a dendrite
+STILL = {"learning_rate": 1e-9}  # the score stays where it is: each second evaluation adds a dendrite; none is kept
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +28,7 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A Hub in a folder, `hub/<commit message>`: only the two calls that reach the network are replaced."""
+    """A Hub in a folder, `hub/<commit message>`: the two calls that reach the network are replaced."""
 
     class Hub:
         def create_repo(self, repo_name, **kwargs):
@@ -60,7 +61,7 @@ def logits(model, name=DISTILBERT):
 # -------------------------------------------------------------------------------------------------------- a conversion
 
 
-def test_a_model_that_is_not_converted_is_converted():
+def test_model_that_is_not_converted_is_converted():
     trainer = trainer_for(arguments(**STILL))
     without = trainer.num_parameters
     assert (trainer.num_dendrites, without) == (0, build(DISTILBERT).num_parameters())
@@ -70,7 +71,7 @@ def test_a_model_that_is_not_converted_is_converted():
     assert trainer.cycles()[1]["parameters"] > without
 
 
-def test_a_converted_model_is_taken_as_it_is(tmp_path):
+def test_converted_model_is_taken_as_it_is(tmp_path):
     args = arguments()
     model = perforate(build(DISTILBERT), DendriteArguments(max_dendrites=3), args)
     assert not list(tmp_path.iterdir()), "a conversion touches no disk"
@@ -92,7 +93,7 @@ def test_tied_weights_need_no_call_before(tmp_path):
 # ----------------------------------------------------------------------------------- what example scripts do in a run
 
 
-def test_the_calls_of_the_example_scripts(tmp_path):
+def test_calls_of_the_example_scripts_work_in_their_order(tmp_path):
     args = arguments(output_dir=str(tmp_path / "a folder" / "my run"), max_steps=6, **STILL)
     trainer = trainer_for(args, compute_metrics=compute_metrics)
     trainer.create_model_card(tasks="text-classification", language="en")
@@ -122,8 +123,9 @@ def test_the_calls_of_the_example_scripts(tmp_path):
     card = {"tasks": "text-classification", "dataset": "glue", "tags": "mine", "license": "mit", "language": "en"}
     trainer.create_model_card(finetuned_from="distilbert-base-uncased", **card)
     card = (run / "README.md").read_text()
-    for part in ("glue", "mine", "mit", "base_model: distilbert-base-uncased", "perforated-ai", "dendrites"):
+    for part in ("glue", "mine", "mit", "base_model: distilbert-base-uncased"):
         assert part in card
+    assert trainer.num_dendrites == 0 and "perforated-ai" not in card  # none was better: a stock model
     assert str(tmp_path) not in card
     assert get_last_checkpoint(args.output_dir) == str(run / "checkpoint-6")
 
@@ -137,7 +139,7 @@ def stopped(tmp_path_factory):
 
 
 @pytest.mark.parametrize("how", ["true", "path", *(pytest.param(how, marks=SLOW) for how in ("arguments", "last"))])
-def test_resuming(how, stopped, tmp_path):
+def test_resume_continues_at_the_checkpoint(how, stopped, tmp_path):
     shutil.copytree(stopped, tmp_path / "run")
     flags = {"resume_from_checkpoint": "run/checkpoint-4"} if how == "arguments" else {}
     args = arguments(lr_scheduler_type="constant", **STILL, **flags)
@@ -154,24 +156,24 @@ def test_resuming(how, stopped, tmp_path):
     assert [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry] == [2, 4, 6, 8]
 
 
-def test_resuming_gives_the_same_bits():
+def test_resume_gives_the_same_bits():
     whole = trainer_for(arguments(output_dir="whole", learning_rate=1e-3, max_steps=12))
     whole.train()
     trainer = trainer_for(arguments(learning_rate=1e-3, max_steps=12), callbacks=[Stop(6)])
     trainer.train()
     resumed = trainer_for(arguments(learning_rate=1e-3, max_steps=12))
     resumed.train(resume_from_checkpoint=True)
-    first, second = (trainer.deployed_model().state_dict() for trainer in (whole, resumed))
+    first, second = (trainer.model.state_dict() for trainer in (whole, resumed))
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_true_without_a_checkpoint_begins_anew(capsys):
+def test_resume_without_a_checkpoint_starts_from_the_beginning(capsys):
     trainer = trainer_for(arguments(max_steps=2))
     trainer.train(resume_from_checkpoint=True)
     assert trainer.state.global_step == 2 and "no complete checkpoint" in capsys.readouterr().out
 
 
-def test_several_sets_to_evaluate():
+def test_several_data_sets_are_evaluated():
     data = rows(DISTILBERT)
     trainer = trainer_for(
         arguments(max_steps=4, metric_for_best_model="first_loss"),
@@ -215,7 +217,7 @@ def test_early_stopping_ends_the_run_with_the_best_model():
 
 
 @pytest.mark.parametrize("step", [4, 6])  # a dendrite is added after step 6
-def test_a_callback_that_stops_where_a_dendrite_is_added_is_heard(step):
+def test_callback_that_stops_at_a_dendrite_addition_ends_the_run(step):
     trainer = trainer_for(arguments(**STILL), callbacks=[Stop(step)])
     trainer.train()
     assert (trainer.stopped_by, trainer.state.global_step) == ("callback", step)
@@ -225,7 +227,7 @@ def test_a_callback_that_stops_where_a_dendrite_is_added_is_heard(step):
 # ------------------------------------------------------------------------------------------------ subclasses of Trainer
 
 
-def test_evaluation_by_what_is_generated():
+def test_seq2seq_trainer_evaluates_by_what_is_generated():
     def by_words(prediction):
         tokens = prediction.predictions
         return {"words": float((tokens > 1).mean()), "length": tokens.shape[1]}
@@ -258,7 +260,7 @@ class Smooth(Trainer):
         return (loss, outputs) if return_outputs else loss
 
 
-def test_a_subclass_with_another_loss():
+def test_subclass_with_another_loss_trains():
     class Mine(PerforatedTrainer, Smooth):
         pass
 
@@ -269,7 +271,7 @@ def test_a_subclass_with_another_loss():
     assert torch.equal(logits(model_class(DISTILBERT).from_pretrained("saved")), logits(trainer.model))
 
 
-def test_seq2seq_trainer_beside_ours():
+def test_seq2seq_trainer_as_second_base_generates():
     class Mine(PerforatedTrainer, Seq2SeqTrainer):
         pass
 
@@ -279,31 +281,148 @@ def test_seq2seq_trainer_beside_ours():
     assert trainer.predict(rows(T5)[:4], max_length=30).predictions.shape == (4, 30)
 
 
-@pytest.mark.slow
-def test_sft_trainer_of_trl():
-    trl = pytest.importorskip("trl")
-    datasets = pytest.importorskip("datasets")
+# ------------------------------------------------------------------------------------------------------ other libraries
 
-    class Mine(PerforatedTrainer, trl.SFTTrainer):
+
+class Improving:
+    """Losses by which a dendrite is added after the second and the fourth evaluation, whatever is learned."""
+
+    number = 0
+
+    def evaluate(self, *args, **kwargs):
+        metrics = super().evaluate(*args, **kwargs)
+        if self.is_in_train:
+            metrics["eval_loss"] = [0.9, 0.9, 0.8, 0.8, 0.7, 0.7][self.number]
+            self.number += 1
+        return metrics
+
+
+EACH_STEP = {"eval_steps": 1, "max_steps": 50, "save_steps": 3, "learning_rate": 1e-2, "lr_scheduler_type": "constant"}
+TWO = DendriteArguments(n_epochs_to_switch=1, max_dendrites=2)
+
+
+def llama():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config = transformers.LlamaConfig(vocab_size=7, num_hidden_layers=1, max_position_embeddings=32, **sizes)
+    return transformers.LlamaForCausalLM(config)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["SFT", "DPO"])
+def test_trainer_of_trl_adds_dendrites_resumes_and_loads(kind):
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    base, config = getattr(trl, f"{kind}Trainer"), getattr(trl, f"{kind}Config")
+
+    class Mine(Improving, PerforatedTrainer, base):
         pass
 
-    name = "GPT2LMHeadModel"
-    data = datasets.Dataset.from_list([{"input_ids": row["input_ids"].tolist()} for row in rows(name)])
-    args = arguments(trl.SFTConfig, max_length=16, bf16=False, dataset_kwargs={"skip_prepare_dataset": True}, **STILL)
-    data = {"train_dataset": data.select(range(32)), "eval_dataset": data.select(range(32, 40))}
-    trainer = trainer_for(args, Mine, name=name, processing_class=tokenizer(), **data)
+    texts = {"text": ["a name is bound", "name is a name"] * 12}
+    if kind == "DPO":
+        texts = {"prompt": ["a name"] * 24, "chosen": [" is bound"] * 24, "rejected": [" bound a"] * 24}
+    data = datasets.Dataset.from_dict(texts)
+
+    def make(**changes):
+        args = arguments(config, max_length=16, bf16=False, per_device_train_batch_size=4, **EACH_STEP | changes)
+        more = {"ref_model": llama()} if kind == "DPO" else {}
+        return trainer_for(
+            args,
+            Mine,
+            llama(),
+            train_dataset=data,
+            eval_dataset=data.select(range(8)),
+            processing_class=tokenizer(),
+            dendrite_args=TWO,
+            **more,
+        )
+
+    trainer, x = make(), torch.arange(6)[None]
     trainer.train()
-    assert trainer.stopped_by == "max_steps" and {0, 1} <= {cycle["dendrites"] for cycle in trainer.cycles()}
+    assert (trainer.num_dendrites, trainer.restarts, trainer.stopped_by) == (2, [2, 4], "tracker")
     trainer.save_model("saved")
-    loaded = model_class(name).from_pretrained("saved")
-    assert torch.equal(logits(loaded, name), logits(trainer.model, name))
+    with torch.no_grad():
+        expected = trainer.model.eval()(x).logits
+        assert torch.equal(transformers.AutoModelForCausalLM.from_pretrained("saved")(x).logits, expected)
+    resumed = make()
+    resumed.number = 3
+    resumed.train(resume_from_checkpoint="run/checkpoint-3")
+    with torch.no_grad():
+        assert torch.equal(resumed.model.eval()(x).logits, expected)
 
 
-def tokenizer():
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A folder with a small BERT and a tokenizer of whole words."""
+    folder, words = tmp_path_factory.mktemp("base"), ["[PAD]", "[UNK]", "[EOS]", *(f"w{i}" for i in range(95))]
+    tokenizer(words).save_pretrained(folder)
+    build("BertForMaskedLM").bert.save_pretrained(folder)
+    return str(folder)
+
+
+def sentence_model(kind, base):
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    modules = pytest.importorskip("sentence_transformers.sentence_transformer.modules")
+    torch.manual_seed(0)
+
+    def parts():
+        return [modules.Transformer(base), modules.Pooling(32)]
+
+    if kind == "router":
+        routes = modules.Router.for_query_document(query_modules=parts(), document_modules=parts())
+        return sentence_transformers.SentenceTransformer(modules=[routes], device="cpu")
+    more = [modules.Dense(32, 8), modules.Normalize()] if kind == "several modules" else []
+    return sentence_transformers.SentenceTransformer(modules=[*parts(), *more], device="cpu")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["transformer", "several modules", "router"])
+def test_sentence_transformer_gets_dendrites_resumes_and_loads(kind, base):
+    sentence_transformers, datasets = pytest.importorskip("sentence_transformers"), pytest.importorskip("datasets")
+    from sentence_transformers.sentence_transformer import losses
+
+    class Mine(Improving, PerforatedTrainer, sentence_transformers.SentenceTransformerTrainer):
+        pass
+
+    texts = [" ".join(f"w{(7 * i + 3 * j) % 95}" for j in range(6)) for i in range(33)]
+    data = datasets.Dataset.from_dict({"anchor": texts[:32], "positive": texts[1:]})
+    routes = {"router_mapping": {"anchor": "query", "positive": "document"}} if kind == "router" else {}
+
+    def make():
+        model = sentence_model(kind, base)
+        args = arguments(sentence_transformers.SentenceTransformerTrainingArguments, **EACH_STEP, **routes)
+        more = {"loss": losses.MultipleNegativesRankingLoss(model), "dendrite_args": TWO}
+        return trainer_for(args, Mine, model, train_dataset=data, eval_dataset=data.select(range(8)), **more)
+
+    def encode(model):
+        if kind != "router":
+            return model.encode(texts[:4]).tolist()
+        return [model.encode_query(texts[:4]).tolist(), model.encode_document(texts[:4]).tolist()]
+
+    trainer = make()
+    trainer.train()
+    assert (trainer.num_dendrites, trainer.restarts, trainer.stopped_by) == (2, [2, 4], "tracker")
+    dense = [name for name in dict(trainer.model.named_modules()) if name.endswith("linear")]
+    assert ("No dendrites (SentenceTransformer could not load them)" in trainer.plan_table) == bool(dense)
+    trainer.save_results({"name": "texts"})
+    trainer.model.save_pretrained("own")
+    expected = encode(trainer.model)
+    for folder in ("own", "run/final", f"run/checkpoint-{trainer.state.global_step}"):
+        loaded = sentence_transformers.SentenceTransformer(folder, device="cpu")
+        assert encode(loaded) == expected, folder
+        assert layers_with_dendrites(loaded).keys() == layers_with_dendrites(trainer.model).keys()
+    resumed = make()
+    resumed.number = 3
+    resumed.train(resume_from_checkpoint="run/checkpoint-3")
+    assert encode(resumed.model) == expected
+
+
+def tokenizer(words=("[PAD]", "[UNK]", "[EOS]", "a", "name", "is", "bound")):
     """A tokenizer of single words, made here: nothing is loaded from the Hub."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    words = {word: number for number, word in enumerate(["[PAD]", "[UNK]", "[EOS]", "a", "name", "is", "bound"])}
+    words = {word: number for number, word in enumerate(words)}
     words = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "eos_token": "[EOS]"}
@@ -313,7 +432,7 @@ def tokenizer():
 # --------------------------------------------------------------------------------------------------------- the Hub
 
 
-def test_a_push_uploads_the_model_and_leaves_the_run(hub, tmp_path):
+def test_push_uploads_the_model_and_leaves_the_run(hub, tmp_path):
     args = arguments(hub_model_id="me/mine", **STILL)
     trainer = trainer_for(args, processing_class=tokenizer())
     trainer.train()
@@ -337,7 +456,7 @@ def test_a_push_uploads_the_model_and_leaves_the_run(hub, tmp_path):
     assert torch.equal(logits(loaded), logits(trainer.model))
 
 
-def test_a_push_without_results_uploads_the_model_too(hub, tmp_path):
+def test_push_without_results_uploads_the_model(hub, tmp_path):
     trainer = trainer_for(arguments(max_steps=2))
     trainer.train()
     trainer.push_to_hub("first")
@@ -346,7 +465,7 @@ def test_a_push_without_results_uploads_the_model_too(hub, tmp_path):
 
 
 @pytest.mark.parametrize("strategy", ["every_save", pytest.param("checkpoint", marks=SLOW)])
-def test_nothing_of_the_run_folder_is_uploaded_while_training(strategy, hub, tmp_path):
+def test_run_folder_is_not_uploaded_while_training(strategy, hub, tmp_path):
     args = arguments(push_to_hub=True, hub_strategy=strategy, **STILL)
     trainer = trainer_for(args)
     trainer.train()
@@ -359,7 +478,7 @@ def test_nothing_of_the_run_folder_is_uploaded_while_training(strategy, hub, tmp
         assert torch.equal(logits(model_class(DISTILBERT).from_pretrained(saved)), logits(trainer.model))
 
 
-def test_save_model_writes_what_loads_from_anywhere():
+def test_save_model_in_a_callback_writes_what_loads():
     saved = []
 
     class Saves(TrainerCallback):

@@ -1,57 +1,25 @@
-"""`--switch_mode fixed`: each cycle is one ordinary training, with its whole learning rate schedule."""
+"""`switch_mode="fixed"`: each cycle is one ordinary training, with its whole learning rate schedule."""
 
 import json
-import os
-import signal
 from pathlib import Path
 
-import models
 import pytest
 import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
-from transformers.utils import logging
+from models import build
+from small import DISTILBERT, TRAIN, arguments, kept, kill_at_step, losses, scores_left, scripted
+from transformers import Trainer, TrainerCallback
 
-from perforated_trainer import DendriteArguments, PerforatedError, PerforatedTrainer, checkpoint
-from perforated_trainer.callbacks import PlotCallback
+from perforated_trainer import PerforatedError
+from perforated_trainer.layers import layers_with_dendrites
 
-NAME = "DistilBertForSequenceClassification"
-STEPS = 8  # of an epoch
+STEPS = 4  # of an epoch
 CYCLE = 3 * STEPS
+RISING = [0.1 * number for number in range(1, 40)]  # each evaluation is better than those before
 
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    logging.disable_progress_bar()
-    set_seed(0)
-    models.build(NAME).save_pretrained("pretrained")
-
-
-def compute_metrics(prediction):
-    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
-
-
-def arguments(**changes):
-    """The usual recipe of fine-tuning: three epochs, linear, warm-up."""
-    values = {
-        "output_dir": "run",
-        "use_cpu": True,
-        "num_train_epochs": 3,
-        "lr_scheduler_type": "linear",
-        "warmup_ratio": 0.1,
-        "learning_rate": 2e-3,
-        "per_device_train_batch_size": 4,
-        "eval_strategy": "epoch",
-        "save_strategy": "epoch",
-        "logging_steps": 1,
-        "metric_for_best_model": "loss",
-        "report_to": "none",
-    }
-    values |= changes
-    if values["warmup_ratio"] is not None:  # its name before transformers 5, and the same number after
-        values["warmup_steps"] = values["warmup_ratio"]
-    del values["warmup_ratio"]
-    return TrainingArguments(**values)
 
 
 class Rates(TrainerCallback):
@@ -64,29 +32,29 @@ class Rates(TrainerCallback):
         self.rates.append(optimizer.param_groups[0]["lr"])
 
 
-def trainer_for(args=None, callbacks=(), **settings):
-    set_seed(0)
-    settings = {"switch_mode": "fixed", "max_dendrites": 2, "improvement_threshold": [0.0]} | settings
-    rows = models.rows(NAME)
-    trainer = PerforatedTrainer(
-        model=models.model_class(NAME).from_pretrained("pretrained"),
-        args=args or arguments(),
-        dendrite_args=DendriteArguments(**settings),
-        train_dataset=rows[: 4 * STEPS],
-        eval_dataset=rows[4 * STEPS :],
-        compute_metrics=compute_metrics,
-        callbacks=list(callbacks),
-    )
-    trainer.remove_callback(PlotCallback)
-    return trainer
+RECIPE = {  # the usual one of fine-tuning: three epochs, linear, warm-up
+    "num_train_epochs": 3,
+    "max_steps": -1,
+    "lr_scheduler_type": "linear",
+    "warmup_steps": 0.1,
+    "learning_rate": 2e-3,
+    "eval_strategy": "epoch",
+    "save_strategy": "epoch",
+    "logging_steps": 1,
+}
+
+
+def fixed(scores=RISING, dendrites=None, callbacks=(), more=None, **changes):
+    settings = {"switch_mode": "fixed", "max_dendrites": 2, "improvement_threshold": 0.0} | (dendrites or {})
+    more = {"callbacks": list(callbacks)} | (more or {})
+    return scripted(scores, None, settings, more=more, **RECIPE | changes)
 
 
 def stock_rates(**changes):
     """The rates of the same training by the Trainer of transformers."""
-    rates, rows = Rates(), models.rows(NAME)
-    args = arguments(eval_strategy="no", save_strategy="no", output_dir="stock", **changes)
-    model = models.model_class(NAME).from_pretrained("pretrained")
-    Trainer(model, args, train_dataset=rows[: 4 * STEPS], callbacks=[rates]).train()
+    rates = Rates()
+    args = arguments(**RECIPE | {"eval_strategy": "no", "save_strategy": "no", "output_dir": "stock"} | changes)
+    Trainer(build(DISTILBERT), args, train_dataset=TRAIN, callbacks=[rates]).train()
     return rates.rates
 
 
@@ -94,33 +62,22 @@ def evaluated(trainer):
     return [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry]
 
 
-def test_the_usual_recipe_adds_a_dendrite_and_ends_by_itself(capsys):
-    trainer = trainer_for()
-    trainer.train()
-    assert trainer.stopped_by == "tracker"
-    results = trainer.save_results({"name": "texts"})
-    assert [cycle["dendrites"] for cycle in results["cycles"]][:2] == [0, 1]
-    assert results["final"]["dendrites"] >= 1
-    assert results["global_step"] % CYCLE == 0
-    assert evaluated(trainer) == list(range(STEPS, results["global_step"] + 1, STEPS))  # once at the end of each epoch
-    best = min(cycle["best_validation"] for cycle in results["cycles"])
-    assert results["final"]["validation_loss"] == pytest.approx(best, abs=1e-6)
+def test_usual_recipe_adds_dendrites_and_ends_by_itself(capsys):
+    rates = Rates()
+    trainer, script = fixed(callbacks=[rates])
+    output = trainer.train()
+    assert trainer.stopped_by == "tracker" and trainer.restarts == [CYCLE, 2 * CYCLE]
+    assert evaluated(trainer) == list(range(STEPS, 3 * CYCLE + 1, STEPS)), "once at the end of each epoch"
+    assert kept(trainer, script) == [RISING[8]] and trainer.num_dendrites == 2
+    assert rates.rates == 3 * stock_rates()
     assert trainer.args.max_steps == -1 and trainer.args.num_train_epochs == 3
     assert f"step {CYCLE}: 0 -> 1 dendrite" in capsys.readouterr().out
-
-
-def test_the_output_is_that_of_all_cycles():
-    """A script writes it with `save_metrics`."""
-    trainer = trainer_for(arguments(num_train_epochs=1), max_dendrites=1)
-    output = trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]  # of each step
-    assert len(losses) == output.global_step >= 2 * STEPS
-    metrics = output.metrics
-    assert output.training_loss == metrics["train_loss"] == pytest.approx(sum(losses) / len(losses))
-    assert metrics["train_runtime"] == pytest.approx(trainer.train_seconds, abs=1e-3)
-    assert metrics["train_steps_per_second"] == pytest.approx(len(losses) / trainer.train_seconds, abs=1e-2)
-    again = trainer_for(arguments(num_train_epochs=1), max_dendrites=1).train(resume_from_checkpoint=True)  # complete
-    assert again.training_loss == output.training_loss
+    # The output is that of all cycles: a script writes it with `save_metrics`.
+    assert output.global_step == len(losses(trainer)) == 3 * CYCLE and output.metrics["epoch"] == 9
+    assert output.training_loss == pytest.approx(sum(losses(trainer)) / 36)
+    results = trainer.save_results({"name": "texts"})
+    assert [cycle["dendrites"] for cycle in results["cycles"]] == [0, 1, 2]
+    assert results["final"]["dendrites"] == 2 and results["global_step"] == 3 * CYCLE
 
 
 SCHEDULES = {
@@ -129,183 +86,157 @@ SCHEDULES = {
     "polynomial": {"lr_scheduler_kwargs": {"lr_end": 1e-5}},
     "constant_with_warmup": {},
     "cosine_with_min_lr": {"lr_scheduler_kwargs": {"min_lr": 1e-4}},
-    "warmup_stable_decay": {"lr_scheduler_kwargs": {"num_decay_steps": 4}},
+    "warmup_stable_decay": {"lr_scheduler_kwargs": {"num_decay_steps": 2}},
 }
+RATES = ("lr_end", "min_lr")
 
 
 @pytest.mark.parametrize("kind", SCHEDULES)
-def test_the_rates_of_a_cycle_are_those_of_the_stock_trainer(kind):
-    changes = {"lr_scheduler_type": kind, "max_steps": 10, **SCHEDULES[kind]}
+def test_rates_of_a_cycle_are_those_of_the_stock_trainer(kind):
+    """With a factor of 0.25: of a stock training with a quarter of each rate."""
+    changes = {"lr_scheduler_type": kind, "max_steps": 6, "save_strategy": "no", **SCHEDULES[kind]}
     rates = Rates()
-    trainer = trainer_for(arguments(**changes), [rates], max_dendrites=1, dendrite_learning_rate_factor=0.25)
+    trainer, _ = fixed(RISING, {"max_dendrites": 1, "dendrite_learning_rate_factor": 0.25}, [rates], **changes)
     trainer.train()
-    assert rates.rates[:10] == stock_rates(**changes)
-    assert rates.rates[10:20] == stock_rates(**changes, learning_rate=0.25 * 2e-3)
-    assert trainer.state.global_step % 10 == 0 and evaluated(trainer)[:4] == [8, 10, 16, 20]
+    scaled = {name: value * 0.25 if name in RATES else value for name, value in
+              changes.get("lr_scheduler_kwargs", {}).items()}  # fmt: skip
+    quarter = changes | {"learning_rate": 0.25 * 2e-3} | ({"lr_scheduler_kwargs": scaled} if scaled else {})
+    assert rates.rates[:6] == stock_rates(**changes)
+    assert rates.rates[6:] == pytest.approx(stock_rates(**quarter)) and len(rates.rates) == 12
+    assert evaluated(trainer) == [4, 6, 8, 12]
 
 
-def test_evaluation_at_the_end_where_the_steps_do_not_divide():
-    args = arguments(max_steps=7, eval_strategy="steps", eval_steps=3, save_strategy="steps", save_steps=7)
-    trainer = trainer_for(args, max_dendrites=1)
+def test_end_of_a_cycle_is_evaluated_if_the_steps_do_not_divide():
+    changes = {"max_steps": 7, "eval_strategy": "steps", "eval_steps": 3, "save_strategy": "steps", "save_steps": 7}
+    trainer, _ = fixed(RISING, {"max_dendrites": 1}, **changes)
     trainer.train()
-    assert evaluated(trainer)[:6] == [3, 6, 7, 9, 12, 14]
-    assert trainer.stopped_by == "tracker" and trainer.state.global_step % 7 == 0
+    assert evaluated(trainer) == [3, 6, 7, 9, 12, 14] and trainer.stopped_by == "tracker"
 
 
-def test_a_schedule_that_waits_for_a_plateau():
-    args = arguments(lr_scheduler_type="reduce_lr_on_plateau", num_train_epochs=1, warmup_ratio=None)
-    trainer = trainer_for(args, max_dendrites=1)
+@pytest.mark.parametrize("epochs", [0.5, 1.5, 2])
+def test_cycles_of_part_of_an_epoch(epochs):
+    trainer, _ = fixed(RISING, {"max_dendrites": 1}, num_train_epochs=epochs)
     trainer.train()
-    assert trainer.stopped_by == "tracker" and trainer.state.global_step % STEPS == 0
+    cycle = int(epochs * STEPS)
+    assert trainer.restarts == [cycle] and trainer.state.global_step == 2 * cycle
+    assert trainer.num_dendrites == 1
 
 
-def test_data_of_unknown_length():
+def test_schedule_that_waits_for_a_plateau_trains():
+    trainer, _ = fixed(RISING, {"max_dendrites": 1}, lr_scheduler_type="reduce_lr_on_plateau", warmup_steps=0)
+    trainer.train()
+    assert trainer.stopped_by == "tracker" and trainer.state.global_step == 2 * CYCLE
+
+
+def test_data_of_unknown_length_trains():
     class Texts(torch.utils.data.IterableDataset):
         def __iter__(self):
-            yield from models.rows(NAME)[: 4 * STEPS]
+            yield from TRAIN
 
-    trainer = trainer_for(arguments(max_steps=5, eval_strategy="steps", eval_steps=5), max_dendrites=1)
-    trainer.train_dataset = Texts()
+    changes = {"max_steps": 5, "eval_strategy": "steps", "eval_steps": 5, "save_strategy": "no"}
+    trainer, _ = fixed(RISING, {"max_dendrites": 1}, more={"train_dataset": Texts()}, **changes)
     trainer.train()
-    assert trainer.stopped_by == "tracker" and trainer.state.global_step % 5 == 0
+    assert trainer.stopped_by == "tracker" and trainer.restarts == [5] and trainer.state.global_step == 10
 
 
-def test_a_dendrite_that_does_not_help_ends_the_training(capsys):
-    """No gain is large enough."""
-    settings = {"improvement_threshold": [0.0], "improvement_threshold_raw": 100.0, "max_dendrite_tries": 1}
-    trainer = trainer_for(arguments(num_train_epochs=1), max_dendrites=5, **settings)
+@pytest.mark.parametrize(
+    ("dendrites", "steps", "number"),
+    [
+        ({"improvement_threshold_raw": 100.0, "max_dendrite_tries": 1, "max_dendrites": 5}, 2, 0),  # no gain is enough
+        ({"improvement_threshold_raw": 100.0, "max_dendrite_tries": 3}, 4, 0),
+        ({"doing_pai": False}, 1, 0),
+        ({"max_dendrites": 0}, 1, 0),
+        ({"num_initial_dendrites": 1}, 2, 2),
+    ],
+)
+def test_number_of_cycles(dendrites, steps, number):
+    trainer, _ = fixed(RISING, dendrites, num_train_epochs=1)
     trainer.train()
-    assert trainer.stopped_by == "tracker" and trainer.state.global_step == 2 * STEPS and trainer.num_dendrites == 0
+    assert trainer.stopped_by == "tracker"
+    assert (trainer.state.global_step, trainer.num_dendrites) == (steps * STEPS, number)
 
 
-def test_without_dendrites_it_is_one_ordinary_training():
-    trainer = trainer_for(doing_pai=False)
+def test_capacity_test_ends_with_three_dendrites():
+    trainer, _ = fixed(RISING, {"testing_dendrite_capacity": True}, num_train_epochs=1)
     trainer.train()
-    assert trainer.stopped_by == "tracker" and trainer.state.global_step == CYCLE and trainer.num_dendrites == 0
+    assert trainer.stopped_by == "tracker" and trainer.num_dendrites == 3
 
 
-def test_a_capacity_test_ends_with_three_dendrites():
-    trainer = trainer_for(arguments(num_train_epochs=1), testing_dendrite_capacity=True)
-    trainer.train()
-    assert trainer.stopped_by == "tracker" and trainer.num_dendrites >= 2
+@pytest.mark.parametrize("epochs", [3, 1.5])
+def test_run_killed_in_the_second_cycle_resumes_to_the_same_bits(epochs):
+    """Also through a learning rate factor; the epoch in which a cycle ends may be half done."""
+
+    def make(folder, scores=RISING):
+        dendrites = {"dendrite_learning_rate_factor": 0.25, "max_dendrites": 1}
+        return fixed(scores, dendrites, num_train_epochs=epochs, output_dir=folder)[0]
+
+    whole = make("whole")
+    whole.train()
+    cycle = int(epochs * STEPS)
+    kill_at_step(cycle + 3, lambda: make("run"))
+    done = json.loads(Path(f"run/checkpoint-{cycle}/perforated.json").read_text())
+    assert done["restarts"] == [cycle]
+    resumed = make("run")
+    resumed.compute_metrics.scores = scores_left(RISING, resumed)
+    resumed.train(resume_from_checkpoint=True)
+    assert losses(resumed) == losses(whole) and resumed.restarts == whole.restarts
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[name]), name
 
 
-def test_a_control_has_the_same_schedule():
+def test_baseline_has_the_same_schedule():
     rates, changes = (Rates(), Rates()), {"max_steps": 5, "save_strategy": "no"}
-    settings = {"max_dendrites": 1, "max_dendrite_tries": 1, "dendrite_learning_rate_factor": 0.25}
-    trainer = trainer_for(arguments(**changes), [rates[0]], **settings)
+    settings = {"max_dendrites": 1, "dendrite_learning_rate_factor": 0.25}
+    trainer, _ = fixed(RISING, settings, [rates[0]], **changes)
     trainer.train()
     trainer.save_results({"name": "texts"})
-    args = arguments(**changes, output_dir="control")
-    control = trainer_for(args, [rates[1]], control_of="run", **settings)
-    control.train()
-    assert control.num_dendrites == 0 and control.state.global_step == trainer.state.global_step > 5
+    baseline, _ = fixed(RISING, settings | {"control_of": "run"}, [rates[1]], **changes, output_dir="baseline")
+    baseline.train()
+    assert baseline.num_dendrites == 0 and baseline.state.global_step == trainer.state.global_step == 10
     assert rates[0].rates == rates[1].rates
 
 
-# ------------------------------------------------------------------------------------------------- killed and resumed
-
-FACTOR = {"dendrite_learning_rate_factor": 0.25, "max_dendrites": 1, "max_dendrite_tries": 1}
-
-
-def outcome():
-    results = json.loads(Path("run/results.json").read_text())
-    for key in ("train_seconds", "steps_per_second", "command"):
-        del results[key]
-    weights = [path.read_bytes() for path in sorted(Path("run/final").glob("*.safetensors"))]
-    return results, weights
-
-
-class KillAt(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-
 @pytest.mark.parametrize(
-    ("changes", "kill"),
+    ("changes", "mode", "message"),
     [
-        ({}, CYCLE + STEPS + 3),
-        (
-            {"save_strategy": "steps", "save_steps": 4},
-            CYCLE + STEPS + 1,
-        ),  # the last checkpoint is that of an epoch's end
-        ({"num_train_epochs": 1.5, "save_strategy": "steps", "save_steps": 5}, 12 + 9),
-        ({"lr_scheduler_type": "cosine", "max_steps": 10, "save_strategy": "steps", "save_steps": 3}, 19),
-    ],
-)
-def test_killed_in_the_second_cycle_and_resumed(changes, kill):
-    os.mkdir("whole")
-    os.chdir("whole")
-    os.symlink("../pretrained", "pretrained")
-    trainer = trainer_for(arguments(**changes), **FACTOR)
-    trainer.train()
-    trainer.save_results({"name": "texts"})
-    rates = {entry["step"]: entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry}
-    expected = outcome()
-    os.chdir("..")
-    if (child := os.fork()) == 0:
-        trainer_for(arguments(**changes), [KillAt(kill)], **FACTOR).train()
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-    newest = checkpoint.find(True, Path("run"), print)
-    assert json.loads((newest / checkpoint.MANIFEST).read_text())["restarts"]
-    trainer = trainer_for(arguments(**changes), **FACTOR)
-    trainer.train(resume_from_checkpoint=True)
-    trainer.save_results({"name": "texts"})
-    assert outcome() == expected
-    assert rates == {e["step"]: e["learning_rate"] for e in trainer.state.log_history if "learning_rate" in e}
-
-
-# --------------------------------------------------------------------------------------------------------- bad input
-
-
-@pytest.mark.parametrize(
-    ("changes", "settings", "message"),
-    [
-        ({"num_train_epochs": 1_000_000}, {}, "one cycle would never end"),
-        ({"num_train_epochs": 1_000_000}, {"switch_mode": "history"}, "linear .*would never decay.*switch_mode fixed"),
+        ({"num_train_epochs": 1_000_000}, "fixed", "one cycle would never end"),
+        ({"num_train_epochs": 1_000_000}, "history", "linear .*would never decay.*switch_mode fixed"),
         (
             {"num_train_epochs": 1_000_000, "lr_scheduler_type": "constant_with_warmup"},
-            {"switch_mode": "history"},
+            "history",
             "warm-up .* would never end",
         ),
-        ({}, {"switch_mode": "often"}, "use history or fixed"),
-        ({}, {"dendrite_learning_rate_factor": 0.0}, "above 0"),
-        ({}, {"max_dendrite_tries": 0}, "1 or more"),
-        ({}, {"dendrite_activation": "square"}, "use one of sigmoid, relu"),
     ],
 )
-def test_bad_input_is_refused(changes, settings, message):
+def test_schedule_that_would_never_end_is_refused(changes, mode, message):
     with pytest.raises(PerforatedError, match=message):
-        trainer_for(arguments(**changes), **settings)
+        fixed(RISING, {"switch_mode": mode}, **changes)
 
 
-def test_a_schedule_with_an_end_is_explained_where_a_plateau_ends_a_cycle(capsys):
-    trainer = trainer_for(arguments(num_train_epochs=1), switch_mode="history")
+def test_schedule_with_an_end_is_explained_if_a_plateau_ends_a_cycle(capsys):
+    trainer, _ = fixed([0.5] * 9, {"switch_mode": "history", "n_epochs_to_switch": 1}, num_train_epochs=1)
     trainer.train()
     assert "note: the schedule linear is made for the whole run" in capsys.readouterr().out
 
 
-def test_the_fields_reach_the_library_and_the_saved_model():
-    settings = {"dendrite_activation": "tanh", "dendrite_init_scale": 0.5, "max_dendrites": 1, "max_dendrite_tries": 1}
-    trainer = trainer_for(arguments(num_train_epochs=1), [Scale()], **settings)
+class Added(TrainerCallback):
+    """The standard deviation of the weights of the first dendrites before their first step."""
+
+    scale = None
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        grown = layers_with_dendrites(model)
+        if grown and self.scale is None:
+            self.scale = float(torch.cat([layer.dendrite_weight.detach().flatten() for layer in grown.values()]).std())
+
+
+def test_activation_and_scale_reach_the_dendrites_and_the_saved_model():
+    added = Added()
+    settings = {"dendrite_activation": "tanh", "dendrite_init_scale": 0.5, "max_dendrites": 1}
+    trainer, _ = fixed(RISING, settings, [added], num_train_epochs=1)
     trainer.train()
-    assert 0.4 < Scale.scale < 0.6
     trainer.save_model("saved")
-    config = json.loads(Path("saved/config.json").read_text())
-    assert trainer.num_dendrites == 0 or config["quantization_config"]["activation"] == "tanh"
-    manifest = json.loads((sorted(Path("run").glob("checkpoint-*"))[-1] / checkpoint.MANIFEST).read_text())
+    assert 0.45 < added.scale < 0.55
+    assert json.loads(Path("saved/config.json").read_text())["quantization_config"]["activation"] == "tanh"
+    manifest = json.loads(Path(f"run/checkpoint-{STEPS}/perforated.json").read_text())
     assert manifest["settings"] | settings == manifest["settings"]
-
-
-class Scale(TrainerCallback):
-    scale = 0.0
-
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        weights = [p for name, p in model.named_parameters() if "dendrite_module.layers.0.weight" in name]
-        if weights:
-            Scale.scale = float(torch.cat([w.detach().flatten() for w in weights]).std())

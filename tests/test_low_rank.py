@@ -213,10 +213,10 @@ def test_modules_to_train_are_trained_in_full(pretrained):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"dendrite_rank": 0}, "--dendrite_rank 0: it must be a whole number of at least 1"),
-        ({"dendrite_rank": 64}, "--dendrite_rank 64 is not below the smaller side of any layer"),
+        ({"dendrite_rank": 0}, "dendrite_rank 0: it must be a whole number of at least 1"),
+        ({"dendrite_rank": 64}, "dendrite_rank 64 is not below the smaller side of any layer"),
         ({"dendrite_rank": 32, "module_ids_to_perforate": ["q_lin"]}, "q_lin has a smaller side of 32"),
-        ({"num_initial_dendrites": 6}, "--num_initial_dendrites 6 is above --max_dendrites 5"),
+        ({"num_initial_dendrites": 6}, "num_initial_dendrites 6 is above"),
         ({"num_initial_dendrites": 0}, None),  # the head is new, so something is trained
     ],
 )
@@ -243,7 +243,7 @@ def test_rank_above_some_layers_leaves_these_out_with_the_reason(pretrained, cap
 def test_freeze_base_without_anything_to_train_raises(changes, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = models.build(NAME)  # nothing of it is new: it does not come from from_pretrained
-    with pytest.raises(PerforatedError, match="--freeze_base: nothing would be trained before the first dendrite"):
+    with pytest.raises(PerforatedError, match="freeze_base: nothing would be trained before the first dendrite"):
         perforate(model, DendriteArguments(**FROZEN | changes), arguments())
 
 

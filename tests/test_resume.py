@@ -19,7 +19,7 @@ import kills
 import pytest
 import safetensors.torch
 import torch
-from small import EVAL, TWO_DENDRITES, SignalAt, arguments, kept, kill_at_step, killed, losses, scripted, trainer_for
+from small import EVAL, TWO_DENDRITES, SignalAt, arguments, kept, kill_at_step, killed, losses, scores_left, scripted, trainer_for
 from torch.utils.data import IterableDataset
 
 from perforated_trainer import DendriteArguments, PerforatedError, PerforatedTrainer, checkpoint
@@ -118,13 +118,6 @@ def outcome(trainer):
     return losses(trainer), scores, trainer.restarts, trainer.state.global_step, state, weights
 
 
-def after(scores, trainer):
-    """The scores that are left for a run that was resumed from the newest checkpoint."""
-    newest = checkpoint.find(True, Path(trainer.args.output_dir), print)
-    history = json.loads((newest / "trainer_state.json").read_text())["log_history"]
-    return scores[sum("eval_score" in entry for entry in history) :] or scores[-1:]
-
-
 STOPPED = ["between evaluations", "in the middle of an epoch", "fixed cycles"]
 
 
@@ -143,7 +136,7 @@ def test_run_that_ends_anywhere_resumes_to_the_same_bits(shape, how, tmp_path, m
         with pytest.raises(PerforatedError, match=r"stopped at step \d+ .*train\(resume_from_checkpoint=True\)"):
             stopped.train()
     resumed = shaped(shape, "run")
-    resumed.compute_metrics.scores = after(TWO_DENDRITES, resumed)
+    resumed.compute_metrics.scores = scores_left(TWO_DENDRITES, resumed)
     resumed.train(resume_from_checkpoint=True)
     assert outcome(resumed) == outcome(whole)
 
@@ -152,7 +145,7 @@ def whole_run(folder, resume=False):
     """Train, and write the results; two checkpoints are kept."""
     trainer, _ = scripted(TWO_DENDRITES, save_strategy="steps", save_steps=3, save_total_limit=2, output_dir=folder)
     if resume:
-        trainer.compute_metrics.scores = after(TWO_DENDRITES, trainer)
+        trainer.compute_metrics.scores = scores_left(TWO_DENDRITES, trainer)
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_results({"name": "texts"})
 
@@ -212,7 +205,7 @@ def test_rows_of_a_stream_continue_modulo_its_length(count, accumulated, tmp_pat
     assert flat == [number % count for number in range(len(flat))] and len(whole.rows) == 16 * accumulated
     kill_at_step(11, lambda: streamed("run", count, **changes))
     resumed = streamed("run", count, **changes)
-    resumed.compute_metrics.scores = after(TWO_DENDRITES, resumed)
+    resumed.compute_metrics.scores = scores_left(TWO_DENDRITES, resumed)
     done = checkpoint.step_of(checkpoint.find(True, Path("run"), print))
     resumed.train(resume_from_checkpoint=True)
     assert resumed.rows == whole.rows[done * accumulated :]

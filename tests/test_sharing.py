@@ -195,13 +195,13 @@ def test_quantized_base_trains_saves_and_loads_equal_bits(make):
         assert same_values(loaded, run.model) and torch.equal(logits(loaded), logits(run.model))
     with pytest.raises(ValueError, match=r"for body, quantized \(.*load_dendrites"):
         DistilBertForSequenceClassification.from_pretrained("only")
-    with pytest.raises(ValueError, match="another base: .*q_lin.weight has other values"):
+    with pytest.raises(ValueError, match=r"another base: .*q_lin\.weight has other values"):
         load_dendrites(base(), "only")
 
 
 @pytest.mark.parametrize("changes", [{"freeze_base": False}, {"dendrite_rank": None}])
 def test_quantized_base_without_rank_or_freeze_raises_one_line(changes):
-    with pytest.raises(PerforatedError, match="quantized .* cannot be trained: set --freeze_base and --dendrite_rank"):
+    with pytest.raises(PerforatedError, match=r"quantized .* cannot be trained: set (--)?freeze_base and"):
         trainer(quantized(), **changes)
 
 
@@ -306,7 +306,7 @@ def test_load_dendrites_bad_folder_raises_one_line_and_changes_nothing(change, m
 
 
 def test_load_dendrites_without_a_folder_raises_one_line():
-    with pytest.raises(OSError, match="there is no config.json in nowhere"):
+    with pytest.raises(OSError, match=r"there is no config\.json in nowhere"):
         load_dendrites(base(), "nowhere")
 
 
