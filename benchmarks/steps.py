@@ -143,7 +143,7 @@ class Dendrites:
 
 
 def time_steps(
-    model: nn.Module, batch: dict, steps: int, autocast: torch.dtype | None = None, compiled: bool = False
+    model: nn.Module, batch: dict, steps: int, autocast: torch.dtype | None = None, compiler: str | None = None
 ) -> tuple[float, float]:
     """Train on one batch.
 
@@ -151,7 +151,7 @@ def time_steps(
         model, batch: The network and a batch, on one device.
         steps (`int`): Steps that are timed, after two that are not.
         autocast (`torch.dtype`, *optional*): For mixed precision.
-        compiled (`bool`): Whether to use `torch.compile`.
+        compiler (`str`, *optional*): Backend of `torch.compile`; not compiled by default.
 
     Returns:
         `tuple`: Steps per second, and peak memory in MiB; on the CPU that of the process so far.
@@ -163,7 +163,7 @@ def time_steps(
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
     scaler = torch.amp.GradScaler(device, enabled=autocast is torch.float16)
     model.train()
-    forward = torch.compile(model) if compiled else model
+    forward = torch.compile(model, backend=compiler) if compiler else model
     for step in range(steps + 2):
         if step == 2:
             if on_gpu:

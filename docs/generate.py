@@ -54,7 +54,7 @@ def arguments() -> str:
     from perforated_trainer import DendriteArguments
 
     fields = dataclasses.fields(DendriteArguments)
-    rows = [[f"`{field.name}`", default_of(field), field.metadata["help"]] for field in fields]
+    rows = [[f"`{field.name}`", default_of(field), field.metadata["help"].replace("%%", "%")] for field in fields]
     return table(["argument", "default", "meaning"], rows)
 
 

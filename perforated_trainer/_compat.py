@@ -20,7 +20,7 @@ def ignore_shared_tensors() -> None:
     """Let safetensors write tensors that are whole aliases of one another, such as tied weights.
 
     Whole aliases have the same storage, offset, shape and strides: a copy of each on disk is harmless. Tensors that
-    overlap in part still raise. `PerforatedTrainer` does this by itself for what the library writes; call it for files
+    overlap in part still raise. `PerforatedTrainer` does this by itself for what perforatedai writes; call it for files
     that you write with safetensors yourself.
 
     Library: safetensors 0.8, `safetensors.torch._find_shared_tensors`. Why: it has no public switch, and perforatedai
@@ -105,12 +105,17 @@ def quantized_base_accepted(model: torch.nn.Module | None) -> Iterator[None]:
 
 
 def forget_preparation(model: torch.nn.Module) -> None:
-    """Make accelerate wrap a model for several processes that it has seen before.
+    """Make accelerate wrap a model that it has seen before, for this precision and for several processes.
 
     Library: accelerate 1.15, `Accelerator.prepare_model` marks a model with `_is_accelerate_prepared`, also where it
-    was only evaluated, and then leaves it unwrapped. Can go when each `Trainer.train()` wraps its model.
+    was only evaluated, and then leaves it as it is. With fp16 and bf16 it also sets a `forward` that autocasts, with
+    which a second trainer of other precision would train. Can go when each `Trainer.train()` wraps its model.
     """
     model._is_accelerate_prepared = False
+    if (forward := vars(model).pop("_original_forward", None)) is not None:
+        vars(model).pop("forward", None)
+        if forward != model.forward:  # it was set on the model, as `device_map` does, not by its class
+            model.forward = forward
 
 
 def forget_optimizer(accelerator: Accelerator) -> None:

@@ -337,7 +337,7 @@ def _check_schedule(dendrite_args: DendriteArguments, args: TrainingArguments) -
         raise PerforatedError(f"a warm-up that is a share of {epochs} would never end: give its --warmup_steps")
 
 
-# Arguments that say where a run writes, how it reports or what is done beside the training, not what it computes.
+# Arguments that say where a run writes, how it reports or what is done next to the training, not what it computes.
 _HARMLESS = set(
     "output_dir resume_from_checkpoint overwrite_run save_name save_strategy save_steps save_total_limit "
     "save_on_each_node restore_callback_states_from_checkpoint load_best_model_at_end logging_dir logging_strategy "
@@ -350,7 +350,7 @@ _HARMLESS = set(
 
 
 def compared_settings(dendrite_args: DendriteArguments, training_args: TrainingArguments) -> dict:
-    """The settings that a resumed run should share with the run that it goes on with, as JSON has them."""
+    """The settings that a resumed run should share with the run that it continues, as JSON has them."""
     settings = training_args.to_dict() | vars(dendrite_args) | {"world_size": training_args.world_size}
     settings = {name: value for name, value in settings.items() if name not in _HARMLESS}
     if dendrite_args.switch_mode != "fixed" and not has_an_end(training_args):  # then these only say when to stop

@@ -86,7 +86,7 @@ class FiniteLossCallback(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         for name, value in logs.items():
-            # With fp16 the gradient scaler skips a step whose gradient is not finite, and goes on.
+            # With fp16 the gradient scaler skips a step whose gradient is not finite, and continues.
             watched = name.endswith("loss") or (name == "grad_norm" and not args.fp16)
             if watched and not math.isfinite(value):
                 raise PerforatedError(
@@ -194,7 +194,7 @@ class SaveCallback(TrainerCallback):
     """Before a checkpoint, the running loss is logged, which it does not hold; and an evaluation that is due is made.
 
     So a resumed run reports the same losses. With `eval_strategy="epoch"` a checkpoint of the last step of an epoch
-    waits for the evaluation: a run that is resumed from there goes on with the next epoch.
+    waits for the evaluation: a run that is resumed from there continues with the next epoch.
     """
 
     def __init__(self):

@@ -11,9 +11,8 @@ import json
 import os
 import re
 import secrets
-import stat
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from .arguments import PerforatedError
 
@@ -21,50 +20,31 @@ FORMAT = 3  # 1: the single file `perforated_trainer.py`; 2: the network three t
 MANIFEST = "perforated.json"
 MARK = f"{MANIFEST}.unfinished"  # of a checkpoint that is being written or deleted
 STATE = "trainer_state.json"  # each checkpoint of a Trainer has one
-LIMIT = 2**24  # bytes of a JSON file
 
 TEMPORARY = r"\.perforated-[0-9a-f]{16}(\.\w{0,8})?"  # names of `replacing`, which a kill leaves
 # Files that a run writes into a checkpoint. Only an unfinished one needs this list: a complete one has its manifest.
 _WRITTEN = re.compile(
-    rf"{TEMPORARY}"
-    r"|perforated\.json(\.unfinished)?|trainer_state\.json|training_args\.bin|rng_state(_\d+)?\.pth"
-    r"|(optimizer|scheduler|scaler|training|control|baseline|best|best_model)\.(pt|bin)"
-    r"|(model|network|best|training|baseline|adapter_model)[\w.-]*\.safetensors(\.index(\.\w+)?\.json)?"
-    r"|(pytorch_model|adapter_model)[\w.-]*\.bin(\.index\.json)?"
-    r"|(dendrites?|baseline|perforated)([_-]\w+)?\.json|(config|generation_config|adapter_config)\.json"
-    r"|(modeling|configuration|tokenization|processing|image_processing|feature_extraction)_\w+\.py|dendrite_\w+\.py"
-    r"|(\w+_)?(preprocessor|processor|tokenizer)_config\.json|(tokenizer|special_tokens_map|added_tokens)\.json"
-    r"|vocab\.(txt|json)|merges\.txt|chat_template\.(jinja|json)|(spiece|tokenizer|sentencepiece\.bpe)\.model"
-    r"|(source|target)\.spm"
+    rf"{TEMPORARY}|perforated\.json(\.unfinished)?|(training_args|optimizer|scheduler|scaler)\.(pt|bin)|rng_state\w*\.pth"
+    r"|(model|network|best_model|adapter_model|pytorch_model)[\w.-]*\.(safetensors|bin|json)"
+    r"|((generation|adapter|tokenizer|processor|\w*preprocessor)_)?config\.json|(trainer|dendrite|baseline)_state\.json"
+    r"|(dendrites|tokenizer|special_tokens_map|added_tokens|vocab|chat_template)\.json|vocab\.txt|merges\.txt"
+    r"|chat_template\.jinja|\w[\w.]*\.(model|spm)|(modeling|configuration|tokenization|processing|dendrite)_\w+\.py"
 )
 _CHECKPOINT = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
-_NO_LINK = getattr(os, "O_NOFOLLOW", 0)  # not on Windows
-_READ = os.O_RDONLY | _NO_LINK | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)  # a FIFO does not block
 
 
 class _OtherFormat(PerforatedError):
     """A checkpoint of another version: not damaged, so never skipped."""
 
 
-# ---------------------------------------------------------------------------------------------------- files and names
-
-
-def _mode(path: Path) -> int:
-    """Type and permissions of a file itself, not of what a link points to; 0 if there is none."""
-    try:
-        return path.lstat().st_mode
-    except (OSError, ValueError):
-        return 0
-
-
 def is_file(path: Path) -> bool:
     """Whether `path` is a regular file, and no link to one."""
-    return stat.S_ISREG(_mode(path))
+    return os.path.isfile(path) and not os.path.islink(path)
 
 
 def is_folder(path: Path) -> bool:
     """Whether `path` is a folder, and no link to one."""
-    return stat.S_ISDIR(_mode(path))
+    return os.path.isdir(path) and not os.path.islink(path)
 
 
 def is_count(value) -> bool:
@@ -72,40 +52,27 @@ def is_count(value) -> bool:
     return type(value) is int and 0 <= value < 2**63
 
 
-def is_safe_name(name) -> bool:
-    """Whether `name` is a relative path with "/" that stays in its folder, on every operating system."""
-    return (
-        isinstance(name, str)
-        and name.isprintable()
-        and not set(name) & set("\\:")
-        and len(name) < 1024
-        and all(part not in ("", ".", "..") and len(part.encode()) < 256 for part in name.split("/"))
-    )
-
-
 def locate(folder: Path, name: str) -> Path | None:
-    """The path of the file `name` of `folder`. None if the name is not safe or one of its folders is a link."""
-    if not is_safe_name(name):
+    """The path of the file `name` of `folder`. None if it is not plain text with "/" that stays in `folder`."""
+    parts = name.split("/") if isinstance(name, str) and name.isprintable() and not set(name) & set("\\:") else []
+    if not 0 < len(parts) < 32 or {"", ".", ".."} & set(parts):
         return None
-    parents = PurePosixPath(name).parents[:-1]  # without `folder` itself
-    return None if any(os.path.islink(folder / parent) for parent in parents) else folder / name
+    parents = (folder.joinpath(*parts[:depth]) for depth in range(1, len(parts)))
+    return None if any(map(os.path.islink, parents)) else folder.joinpath(*parts)
 
 
 def remove(folder: Path, names: Iterable[str]) -> None:
-    """Delete files of `folder`, and subfolders of these files that are then empty.
+    """Delete files of `folder`, and folders in it that are then empty.
 
-    Args:
-        folder (`Path`): A folder.
-        names (`Iterable[str]`): Names of files in it. What is not a safe name, leads through a link or is no file is
-            skipped. A link is deleted itself, never its target.
+    Names that `locate` does not know are skipped. A link is deleted itself, never its target.
     """
-    located = {name: path for name in names if (path := locate(folder, name))}
-    for path in located.values():
-        if is_file(path) or os.path.islink(path):
+    paths = {path for name in names if (path := locate(folder, name))}
+    for path in paths:
+        if os.path.isfile(path) or os.path.islink(path):
             path.unlink()
-    parents = {parent for name in located for parent in PurePosixPath(name).parents[:-1]}
-    for parent in sorted(parents, key=lambda parent: len(parent.parts), reverse=True):
-        remove_if_empty(folder / parent)
+    parents = {parent for path in paths for parent in path.parents if folder in parent.parents}
+    for parent in sorted(parents, reverse=True):
+        remove_if_empty(parent)
 
 
 def remove_if_empty(folder: Path) -> None:
@@ -116,18 +83,12 @@ def remove_if_empty(folder: Path) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Write a file completely or not at all: under a new name in the same folder, which is then renamed.
+    """A new file with the suffix of `path`, which takes the place of `path` once the `with` block has written it.
 
-    If `path` is a link, the link is replaced and its target stays as it is.
-
-    Args:
-        path (`Path`): The file to write.
-
-    Yields:
-        `Path`: An empty file with the suffix of `path`, to be written in the `with` block.
+    If the block fails, `path` stays as it is. If `path` is a link, it is replaced, and its target stays as it is.
     """
     temporary = path.with_name(f".perforated-{secrets.token_hex(8)}{path.suffix[:9]}")
-    os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_LINK, 0o666))
+    temporary.touch(exist_ok=False)  # follows no link
     try:
         yield temporary
         os.replace(temporary, path)
@@ -143,23 +104,16 @@ def write_whole(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def read_json(path: Path, limit: int = LIMIT) -> dict:
-    """Read a JSON object from a file that may come from anywhere.
-
-    Args:
-        path (`Path`): The file. A link, FIFO or device is not read.
-        limit (`int`): Largest size in bytes.
-
-    Returns:
-        `dict`: The JSON object.
+def read_json(path: Path, limit: int = 2**24) -> dict:
+    """Read a JSON object of at most `limit` bytes from a file that may come from anywhere. No link, no FIFO is read.
 
     Raises:
         PerforatedError: If the file is missing, cannot be read, is too large or holds something else.
     """
     try:
-        if not stat.S_ISREG(path.lstat().st_mode):
+        if os.path.lexists(path) and not is_file(path):
             raise PerforatedError(f"{path} is damaged: it is not a regular file")
-        with open(os.open(path, _READ), "rb") as file:
+        with open(path, "rb") as file:
             content = file.read(limit + 1)
         if len(content) > limit:
             raise PerforatedError(f"{path} is damaged: it is larger than {limit:,} bytes")
@@ -174,58 +128,39 @@ def read_json(path: Path, limit: int = LIMIT) -> dict:
 
 
 def _digest(path: Path) -> str:
-    with open(os.open(path, _READ), "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-# ----------------------------------------------------------------------------------------------- writing and deleting
-
-
-def is_written_by_a_run(folder: Path) -> bool:
-    """Whether `folder` is a checkpoint, complete or not, and no link to one."""
-    return is_folder(folder) and (is_file(folder / MANIFEST) or is_file(folder / MARK))
-
-
-def _files(folder: Path) -> Iterator[str]:
-    """Names of the regular files of a folder and its subfolders, without links and what is behind them."""
-    for root, _, names in os.walk(folder):
-        for path in (Path(root, name) for name in names):
-            if is_file(path) and is_safe_name(name := path.relative_to(folder).as_posix()):
-                yield name
-
-
-def _stamp(path: Path) -> list[int]:
-    """Numbers that differ once a file has been written again."""
-    status = path.lstat()
-    return [status.st_ino, status.st_size, status.st_mtime_ns]
-
-
-def _record(folder: Path) -> dict:
-    """What the mark of an unfinished checkpoint says: the files it had before, or the manifest it had."""
     try:
-        return read_json(folder / MARK)
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise PerforatedError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def read_record(path: Path) -> dict:
+    """As `read_json`; an empty dictionary if there is nothing to read."""
+    try:
+        return read_json(path)
     except PerforatedError:
         return {}
 
 
+def _files(folder: Path) -> list[str]:
+    """Names of the regular files of a folder and its subfolders, without links and what is behind them."""
+    paths = [Path(root, name) for root, _, names in os.walk(folder) for name in names]
+    return sorted(path.relative_to(folder).as_posix() for path in paths if is_file(path))
+
+
 def files_of(folder: Path) -> list[Path]:
     """Files of an unfinished checkpoint that the run wrote, sorted: without those that were there before."""
-    before = _record(folder).get("before")
-    before = before if isinstance(before, dict) else {}
-    names = (name for name in _files(folder) if name not in (MANIFEST, MARK))
-    return sorted(folder / name for name in names if before.get(name) != _stamp(folder / name))
+    before = read_record(folder / MARK).get("before")  # of the mark of `begin`
+    others = {MANIFEST, MARK, *(before if isinstance(before, dict) else ())}
+    return [folder / name for name in _files(folder) if name not in others and locate(folder, name)]
 
 
 def begin(folder: Path) -> None:
     """Create the folder of a checkpoint and mark it as unfinished. An older checkpoint of this name is deleted.
 
     Other files of the user may be in the folder, such as notes: they stay and do not become part of the checkpoint.
-
-    Args:
-        folder (`Path`): The checkpoint, of which nothing is written yet.
-
-    Raises:
-        PerforatedError: If `folder` is a link or a file, or holds links, or files that the run would overwrite.
+    PerforatedError for a link, and for a file that the run would overwrite.
     """
     if os.path.lexists(folder) and not is_folder(folder):
         raise PerforatedError(f"{folder} is a link or a file, not a folder: move it away, the run writes there")
@@ -234,20 +169,25 @@ def begin(folder: Path) -> None:
     for path in folder.iterdir():
         if os.path.islink(path) or _WRITTEN.fullmatch(path.name):
             raise PerforatedError(f"{path} was not written by a run: move it away, the run writes there")
-    write_whole(folder / MARK, json.dumps({"before": {name: _stamp(folder / name) for name in _files(folder)}}))
+    write_whole(folder / MARK, json.dumps({"before": dict.fromkeys(_files(folder))}))
+
+
+def is_written_by_a_run(folder: Path) -> bool:
+    """Whether `folder` is a checkpoint, complete or not, and no link to one."""
+    return is_folder(folder) and (is_file(folder / MANIFEST) or is_file(folder / MARK))
 
 
 def discard(folder: Path) -> None:
     """Delete the files of a checkpoint, and its folder if that is then empty. Other files of the user stay.
 
-    Which files are its own is recorded in the manifest; an unfinished checkpoint is known by the names that a run
-    writes. A half deleted checkpoint is unfinished. Nothing happens if `folder` is a link or no checkpoint.
+    Its files are those in its manifest, or of an unfinished one those with names that a run writes. A half deleted
+    checkpoint is unfinished. Nothing happens if `folder` is a link or no checkpoint.
     """
     if not is_written_by_a_run(folder):
         return
     if is_file(folder / MANIFEST):
         os.replace(folder / MANIFEST, folder / MARK)
-    names = _record(folder).get("files")
+    names = read_record(folder / MARK).get("files")  # of the manifest, which is now the mark
     if not isinstance(names, dict):
         names = [path.name for path in files_of(folder) if path.parent == folder and _WRITTEN.fullmatch(path.name)]
     remove(folder, [name for name in names if name != MARK])
@@ -256,27 +196,10 @@ def discard(folder: Path) -> None:
 
 
 def write_manifest(folder: Path, facts: dict) -> None:
-    """Write the manifest: from now on the checkpoint is complete.
-
-    Args:
-        folder (`Path`): The checkpoint, all its files written. Links in it do not become part of it.
-        facts (`dict`): What `check` returns: `step` (`int`), `complete` (`bool`), `train_seconds` (`float`),
-            `settings` (`dict`) and `restarts` (`list[int]`).
-    """
+    """Write the manifest with `facts`, which is what `check` returns: from now on the checkpoint is complete."""
     names = {path.relative_to(folder).as_posix(): _digest(path) for path in files_of(folder)}
     write_whole(folder / MANIFEST, json.dumps({"format": FORMAT, **facts, "files": names}, indent=1))
     (folder / MARK).unlink(missing_ok=True)
-
-
-# ------------------------------------------------------------------------------------------------ checking and finding
-
-
-def _is_digests(value) -> bool:
-    return (
-        isinstance(value, dict)
-        and STATE in value
-        and all(isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest) for digest in value.values())
-    )
 
 
 _VALID = {
@@ -286,12 +209,20 @@ _VALID = {
     "train_seconds": lambda value: type(value) in (int, float) and 0 <= value < 1e18,
     "settings": lambda value: isinstance(value, dict),
     "restarts": lambda value: isinstance(value, list) and all(map(is_count, value)),
-    "files": _is_digests,
+    "files": lambda value: isinstance(value, dict) and STATE in value,
 }
 
 
-def _manifest(folder: Path) -> dict:
-    """The validated manifest of a checkpoint whose files are all there; their content is not looked at."""
+def check(folder: Path, content: bool = True) -> dict:
+    """The validated manifest of a checkpoint of which all files are as they were written.
+
+    Args:
+        folder (`Path`): The checkpoint.
+        content (`bool`): Whether to read all its files, or only to see that they are there.
+
+    Raises:
+        PerforatedError: If the checkpoint is unfinished, damaged, cannot be read or was written by another version.
+    """
     if not os.path.isdir(folder):
         raise PerforatedError(f"{folder}: there is no such checkpoint folder")
     if not os.path.lexists(folder / MANIFEST):
@@ -304,52 +235,23 @@ def _manifest(folder: Path) -> dict:
     for name, is_valid in _VALID.items():
         if not is_valid(manifest.get(name)):
             raise PerforatedError(f"{folder} is damaged: {MANIFEST} has no valid entry {name!r}")
-    named = _CHECKPOINT.fullmatch(folder.name)
-    if named and int(named[1]) != manifest["step"]:
+    if _CHECKPOINT.fullmatch(folder.name) and folder.name != f"checkpoint-{manifest['step']}":
         raise PerforatedError(f"{folder} is damaged: {MANIFEST} is that of step {manifest['step']}")
-    for name in manifest["files"]:
-        path = locate(folder, name)
-        if path is None or not is_file(path):
-            raise PerforatedError(f"{folder} is damaged: {name} is missing or is not what was written")
-    return manifest
-
-
-def check(folder: Path) -> dict:
-    """Read the manifest of a checkpoint, and verify all its files.
-
-    Args:
-        folder (`Path`): The checkpoint.
-
-    Returns:
-        `dict`: The manifest, validated: `step`, `complete`, `train_seconds`, `settings`, `restarts` and `files`.
-
-    Raises:
-        PerforatedError: If the checkpoint is unfinished, damaged, cannot be read or was written by another version.
-    """
-    manifest = _manifest(folder)
     for name, digest in manifest["files"].items():
-        try:
-            same = _digest(folder / name) == digest
-        except OSError as error:
-            raise PerforatedError(f"{folder / name} cannot be read: {error.strerror or error}") from None
-        if not same:
+        path = locate(folder, name)
+        if path is None or not is_file(path) or (content and _digest(path) != digest):
             raise PerforatedError(f"{folder} is damaged: {name} is missing or is not what was written")
     return manifest
 
 
 def checkpoint_folders(output_dir: Path) -> list[Path]:
-    """The folders `checkpoint-<step>` of a run by step, complete or not. Links are left out.
-
-    Raises:
-        PerforatedError: If `output_dir` cannot be read.
-    """
+    """The folders `checkpoint-<step>` of a run by step, complete or not. Links are left out."""
     try:
-        folders = [path for path in output_dir.iterdir() if _CHECKPOINT.fullmatch(path.name) and is_folder(path)]
-    except (FileNotFoundError, NotADirectoryError):
-        return []
+        paths = list(output_dir.iterdir()) if output_dir.is_dir() else []
     except OSError as error:
         raise PerforatedError(f"{output_dir} cannot be read: {error.strerror or error}") from None
-    return sorted(folders, key=lambda path: int(_CHECKPOINT.fullmatch(path.name)[1]))
+    folders = [path for path in paths if _CHECKPOINT.fullmatch(path.name) and is_folder(path)]
+    return sorted(folders, key=lambda path: int(path.name.split("-")[1]))
 
 
 def complete_checkpoints(output_dir: Path) -> list[Path]:
@@ -357,22 +259,18 @@ def complete_checkpoints(output_dir: Path) -> list[Path]:
     complete = []
     for folder in checkpoint_folders(output_dir):
         with contextlib.suppress(PerforatedError):
-            _manifest(folder)
+            check(folder, content=False)
             complete.append(folder)
     return complete
 
 
 def find(resume: str | bool, output_dir: Path, say: Callable[[str], None]) -> Path | None:
-    """Return the checkpoint that `resume` means. In one process only: it reads all of the checkpoint.
+    """The checkpoint that `resume` means. In one process only: it reads all of the checkpoint.
 
     Args:
-        resume (`str` or `bool`): A folder; True or "true" for the checkpoint in `output_dir` that has the highest step
-            and is undamaged.
+        resume (`str` or `bool`): A folder; True or "true" for the undamaged checkpoint with the highest step, if any.
         output_dir (`Path`): The folder of the run.
         say (`Callable`): Receives one message per skipped checkpoint, and one if no usable checkpoint is found.
-
-    Returns:
-        `Path` or `None`: The checkpoint; None if `resume` is true and there is none.
 
     Raises:
         PerforatedError: If the folder is not a usable checkpoint, or the newest one was written by another version.
@@ -392,29 +290,21 @@ def find(resume: str | bool, output_dir: Path, say: Callable[[str], None]) -> Pa
     return None
 
 
-def rotate(output_dir: Path, limit: int | None, newest: Path | None = None) -> None:
-    """Delete complete checkpoints, so that the `limit` ones with the highest steps are left.
+def rotate(output_dir: Path, limit: int | None) -> None:
+    """Delete complete checkpoints, so that the `limit` ones with the highest steps are left; none without a limit."""
+    if limit is not None and limit > 0:
+        for old in complete_checkpoints(output_dir)[:-limit]:
+            discard(old)
 
-    Args:
-        output_dir (`Path`): The folder of the run.
-        limit (`int`, *optional*): How many to keep. All if None or not positive.
-        newest (`Path`, *optional*): Kept and counted whatever its step: the checkpoint just written, after a run was
-            resumed from an earlier one by name.
-    """
-    if limit is None or limit <= 0:
-        return
-    complete = complete_checkpoints(output_dir)
-    if newest in complete:
-        complete.remove(newest)
-        complete.append(newest)
-    for old in complete[:-limit]:
-        discard(old)
+
+def discard_after(output_dir: Path, step: int, say: Callable[[str], None]) -> None:
+    """Delete checkpoints of steps after `step`, from which the run is resumed: it is to be found at its new end."""
+    for folder in checkpoint_folders(output_dir):
+        if int(folder.name.split("-")[1]) > step and is_written_by_a_run(folder):
+            say(f"note: {folder} is deleted: the run is resumed from step {step:,}")
+            discard(folder)
 
 
 def step_of(folder: Path) -> int:
-    """The training step at which a complete checkpoint was written, from its manifest.
-
-    Raises:
-        PerforatedError: If the checkpoint is not complete.
-    """
-    return _manifest(folder)["step"]
+    """The training step at which a complete checkpoint was written, from its manifest."""
+    return check(folder, content=False)["step"]

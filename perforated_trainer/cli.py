@@ -105,9 +105,11 @@ def parse_arguments(
 def already_finished(training_args: TrainingArguments) -> bool:
     """Whether the run that is to be resumed was ended by its tracker; its results are then printed once more."""
     folder = Path(training_args.output_dir)
-    if not is_resumed(training_args.resume_from_checkpoint) or not (folder / run_dir.RESULTS).is_file():
+    if not is_resumed(training_args.resume_from_checkpoint) or not checkpoint.is_file(folder / run_dir.RESULTS):
         return False
     results = checkpoint.read_json(folder / run_dir.RESULTS)
+    if results.get("stopped_by") not in ("tracker", "max_steps", "callback"):
+        raise PerforatedError(f"{folder / run_dir.RESULTS} is damaged: it has no valid entry 'stopped_by'")
     if results["stopped_by"] == "tracker" and main_process():
         print(f"the run in {folder} is complete")
         print(report.summary(results, folder, from_command_line=True))

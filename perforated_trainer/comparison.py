@@ -42,7 +42,7 @@ def compare(
 
     Returns:
         `dict`: The entry `control` of `results.json`: control_of, metric, with_dendrites, without, difference (the
-        first minus the second), interval_95 (None if it is not known), test_examples and verdict (a sentence). The
+        first minus the second), interval_95 (None if it is not known), test_examples and `verdict` (a sentence). The
         scores are those on the test data, or on the validation data if the run had no test data.
     """
     name, part, data = report.unit(trainer.score_name), "validation", None

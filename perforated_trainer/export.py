@@ -9,7 +9,7 @@ from pathlib import Path
 
 import safetensors
 from torch import nn
-from transformers import PreTrainedModel, Trainer, TrainerState
+from transformers import PreTrainedModel, Trainer
 from transformers.utils import logging
 
 from . import checkpoint, layers, loading, model_card, plot, report, run_dir, sharing
@@ -199,19 +199,21 @@ class ExportingTrainer(Trainer):
     def _draw_run_with_baseline(self, run: Path) -> None:
         """Draw the plot of the run again, with the baseline's score as a line, if its log is still there."""
         steps = checkpoint.complete_checkpoints(run)
-        if steps and checkpoint.step_of(steps[-1]) == self.growth.last_step:
-            history = TrainerState.load_from_json(str(steps[-1] / "trainer_state.json")).log_history
-            path, results = run_dir.plot_path(run), self.growth.results
-            with disk_errors(path, run):
-                plot.draw(
-                    history,
-                    self.score_name,
-                    self.args.greater_is_better,
-                    path,
-                    without=self.results["control"]["without"],
-                    kept_dendrites=results["final"]["dendrites"],
-                    cycles=results["cycles"],
-                )
+        if not steps or checkpoint.step_of(steps[-1]) != self.growth.last_step:
+            return
+        path, results = run_dir.plot_path(run), self.growth.results
+        try:
+            plot.draw(
+                checkpoint.read_json(steps[-1] / checkpoint.STATE, limit=2**28)["log_history"],
+                self.score_name,
+                self.args.greater_is_better,
+                path,
+                without=self.results["control"]["without"],
+                kept_dendrites=results["final"]["dendrites"],
+                cycles=results["cycles"],
+            )
+        except (PerforatedError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+            say(f"warning: {path} cannot be drawn: {error}")  # the log of another run may be damaged
 
     # ------------------------------------------------------------------------------------------------------ model card
 

@@ -139,7 +139,7 @@ class _Fused(_Layer):
         if base not in _CONVOLVE or not self._in_one_product():
             return super().forward(*args, **kwargs)
         # A convolution of few channels takes as long as one of some more, so its own channels are computed with those
-        # of its dendrites, to the same bits.
+        # of its dendrites, bitwise identical.
         x = args[0] if args else next(iter(kwargs.values()))
         bias = None if self.bias is None else torch.cat([self.bias, self.dendrite_bias])
         outputs = _product(self, x, torch.cat([self.weight, self.dendrite_weight]), bias)
@@ -202,28 +202,12 @@ def _add_low_rank(output, hidden, up, bias, between, to_output, activation):
     return _combine(output, sums, between, to_output, activation, -1)
 
 
-_BLOCK = 2**17  # numbers that a CPU's cache holds several times
-
-
-def _blocks(rows):
-    step = max(1, _BLOCK // rows.shape[1]) if rows.device.type == "cpu" else max(1, len(rows))
-    return [slice(start, start + step) for start in range(0, len(rows), step)]
-
-
-def _values(hidden, ups, biases, between, activation, differentiable=False):
-    """The sums and the values of the dendrites, one tensor each."""
-    sums, dendrites = [], []
-    for i, (part, up, bias) in enumerate(zip(hidden, ups, biases)):  # noqa: B905
-        total = torch.addmm(bias, part.t(), up)
-        for weight, dendrite in zip(between[i], dendrites):  # noqa: B905
-            total.addcmul_(weight, dendrite)
-        if differentiable:
-            with torch.enable_grad():
-                sums.append(total.requires_grad_())
-                dendrites.append(activation(total))
-                continue
-        dendrites.append(activation(total))
-    return (sums, dendrites) if differentiable else dendrites
+_BLOCK = 2**16  # numbers of a dendrite of which a CPU's cache holds several times as many
+# The gradient of an activation from its value, into a tensor that is there.
+_GRADIENTS = {
+    torch.sigmoid: torch.ops.aten.sigmoid_backward.grad_input,
+    torch.tanh: torch.ops.aten.tanh_backward.grad_input,
+}
 
 
 class _Recomputed(torch.autograd.Function):
@@ -233,56 +217,81 @@ class _Recomputed(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, activation, output, hidden, up, bias, between, to_output):
+    def forward(ctx, activation, output, hidden, *own):
         ctx.activation = activation
-        ctx.save_for_backward(hidden, up, bias, between, to_output)
-        rows = output.reshape(-1, output.shape[-1])
-        result, factors = torch.empty_like(rows), to_output.unbind()
-        between = [part.unbind() for part in between.split(tuple(range(len(up))))]
-        hidden = hidden.unflatten(0, (len(up), -1))
+        ctx.save_for_backward(hidden, *own)
+        rows, factors = output.reshape(-1, output.shape[-1]), own[-1].unbind()
+        result = torch.empty_like(rows)
         with torch.autocast(output.device.type, enabled=False):
-            for block in _blocks(rows):
-                target, before = result[block], rows[block]
-                parts = hidden[:, :, block].unbind()
-                values = _values(parts, up.unbind(), bias.unbind(), between, activation)
-                for factor, value in zip(factors, values):  # noqa: B905
+            for block, part, values, _ in _blocks(hidden, *own[:3], rows.shape, activation):
+                before, target = rows[block], result[block]
+                for factor, value in zip(factors, values.unbind()):  # noqa: B905 - torch.compile; equal lengths
                     before = torch.addcmul(before, factor, value, out=target)
         return result.view(output.shape)
 
     @staticmethod
     def backward(ctx, gradient):
         hidden, up, bias, between, to_output = ctx.saved_tensors
+        rows = gradient.reshape(-1, gradient.shape[-1])
         if torch.is_grad_enabled():  # a gradient of gradients is asked for
             inputs = ctx.saved_tensors
-            rows = gradient.reshape(-1, gradient.shape[-1])
             added = _add_low_rank(torch.zeros_like(rows), *inputs, ctx.activation)
             found = torch.autograd.grad(added, inputs, rows, create_graph=True, allow_unused=True)
             return None, gradient, *found
-        rows, number = gradient.reshape(-1, gradient.shape[-1]), len(up)
-        factors, ups, biases = to_output.unbind(), up.unbind(), bias.unbind()
-        pairs = [part.unbind() for part in between.split(tuple(range(number)))]
         exact = torch.promote_types(rows.dtype, torch.float32)  # for sums over blocks
-        of = [torch.zeros(value.shape, dtype=exact, device=rows.device) for value in (up, bias, between, to_output)]
-        of_up, of_bias, of_between, of_output = (value.unbind() for value in of)
-        of_hidden = torch.empty_like(hidden)
-        hidden, targets = hidden.unflatten(0, (number, -1)), of_hidden.unflatten(0, (number, -1))
+        sums = [torch.zeros(value.shape, dtype=exact, device=rows.device) for value in (up, bias, between, to_output)]
+        of_up, of_bias, of_between, of_output = sums
+        of_hidden, pairs, factors = [], between.unbind(), to_output.unsqueeze(1)
+        slope = _GRADIENTS.get(ctx.activation)
         with torch.autocast(rows.device.type, enabled=False):
-            for block in _blocks(rows):
-                above, parts = rows[block], hidden[:, :, block].unbind()
-                sums, values = _values(parts, ups, biases, pairs, ctx.activation, differentiable=True)
-                details = [value.detach() for value in values]
-                of_values = [above * factor for factor in factors]
-                for i in reversed(range(number)):
-                    of_output[i].add_((above * details[i]).sum(0, dtype=exact))
-                    of_sum = torch.autograd.grad(values[i], sums[i], of_values[i])[0]
-                    first = i * (i - 1) // 2
+            for block, part, values, graphs in _blocks(hidden, up, bias, between, rows.shape, ctx.activation, slope):
+                above, each = rows[block], values.unbind()
+                of_output += (values * above).sum(1, dtype=exact)
+                of_sums = above * factors  # first of the values, then of the sums that go into the activation
+                for i in reversed(range(len(up))):
+                    of_sum, first = of_sums[i], i * (i - 1) // 2
+                    if slope:
+                        slope(of_sum, each[i], grad_input=of_sum)
+                    else:
+                        of_sum.copy_(torch.autograd.grad(*graphs[i], of_sum)[0])
+                    if i:
+                        of_between[first : first + i] += (values[:i] * of_sum).sum(1, dtype=exact)
                     for j in range(i):
-                        of_values[j].addcmul_(pairs[i][j], of_sum)
-                        of_between[first + j].add_((of_sum * details[j]).sum(0, dtype=exact))
-                    of_up[i].add_(parts[i] @ of_sum)
-                    of_bias[i].add_(of_sum.sum(0, dtype=exact))
-                    targets[i, :, block] = ups[i] @ of_sum.t()
-        return None, gradient, of_hidden, *(value.to(rows.dtype) for value in of)
+                        of_sums[j].addcmul_(pairs[first + j], of_sum)
+                of_up += torch.bmm(part, of_sums)
+                of_bias += of_sums.sum(1, dtype=exact)
+                of_hidden.append(torch.bmm(up, of_sums.transpose(1, 2)))
+        of_hidden = torch.cat(of_hidden, 2).view(hidden.shape)
+        return None, gradient, of_hidden, *(value.to(rows.dtype) for value in sums)
+
+
+def _blocks(hidden, up, bias, between, shape, activation, slope=True):
+    """For each block of rows: which ones, their hidden values, the values of the dendrites, stacked, and, unless there
+    is a `slope`, for each dendrite its value and sum as autograd has them."""
+    (rows, neurons), number, pairs = shape, len(up), between.unbind()
+    step = max(1, _BLOCK // neurons) if hidden.device.type == "cpu" else max(1, rows)
+    hidden, bias = hidden.view(number, -1, rows), bias.unsqueeze(1)
+    for start in range(0, rows, step):
+        block, graphs = slice(start, start + step), []
+        part = hidden[:, :, block]
+        values = torch.baddbmm(bias, part.transpose(1, 2), up)
+        each = values.unbind()
+        for i, total in enumerate(each):
+            first = i * (i - 1) // 2
+            for j in range(i):
+                total.addcmul_(pairs[first + j], each[j])
+            if not slope:
+                with torch.enable_grad():
+                    total = total.clone().requires_grad_()
+                    graphs.append((activation(total), total))
+                total = graphs[-1][0].detach()
+            elif activation is torch.sigmoid:
+                total.sigmoid_()
+                continue
+            else:
+                total = activation(total)
+            each[i].copy_(total)
+        yield block, part, values, graphs
 
 
 class _Module(_Layer):

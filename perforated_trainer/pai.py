@@ -1,9 +1,8 @@
-"""perforatedai: makes each dendrite, hears each score, keeps its own graphs and says that training is complete.
+"""perforatedai: makes each dendrite, receives each score, draws its graphs and reports that training is complete.
 
-The only module that imports it. The library keeps one tracker and one set of settings per process, which its compiled
+The only module that imports it. perforatedai keeps one tracker and one set of settings per process, which its compiled
 code looks up in `globals_perforatedai` at each call; here each run has its own, installed for the time of a call. The
-tracker watches a stand-in of one neuron: what it decides with is told to it by `policy.py`, the network is never shown
-to it.
+tracker watches a stand-in of one neuron: it receives the decisions of `policy.py`, and never the network.
 
 Written for perforatedai 3.2.9. `tests/test_compat.py` fails when a name that is used here changes.
 """
@@ -44,8 +43,8 @@ with contextlib.redirect_stdout(io.StringIO()):  # the package prints which vari
 
 logger = logging.get_logger(__name__)
 
-SAVE_NAME = "perforatedai"  # of the library, so the name of its folder and the first part of its files' names
-_NEVER = 10**9  # tries and dendrites: the library's own limits are not used
+SAVE_NAME = "perforatedai"  # of perforatedai, so the name of its folder and the first part of its files' names
+_NEVER = 10**9  # tries and dendrites: the limits of perforatedai are not used
 
 
 def refuse_other_variant() -> None:
@@ -86,7 +85,7 @@ def library(folder: Path) -> Iterator[None]:
 
 
 class _Neuron(nn.Module):
-    """What the library's tracker watches in place of the network."""
+    """What the tracker of perforatedai watches in place of the network."""
 
     def __init__(self):
         super().__init__()
@@ -102,7 +101,7 @@ class PAITracker:
         greater_is_better (`bool`): Whether a higher score is better.
 
     Raises:
-        PerforatedError: If the library stops.
+        PerforatedError: If perforatedai stops.
     """
 
     def __init__(self, args: DendriteArguments, metric: str, greater_is_better: bool):
@@ -156,7 +155,7 @@ class PAITracker:
 
     @contextlib.contextmanager
     def _installed(self) -> Iterator[None]:
-        """This run's tracker and settings are the library's for a `with` block."""
+        """This run's tracker and settings are those of perforatedai for a `with` block."""
         before = GPA.pc, GPA.pai_tracker
         GPA.pc, GPA.pai_tracker = self._settings, self._tracker
         try:
@@ -202,17 +201,17 @@ class PAITracker:
         learning_rate: float = 0.0,
         parameters: int = 0,
     ) -> bool:
-        """Tell the library of an evaluation and of what follows from it.
+        """Pass an evaluation and the decision about it to perforatedai.
 
         Args:
             score (`float`): Value of the monitored metric; finite.
             decision (`Decision`): What the policy decided.
-            extra, test (`dict`, *optional*): Further values by name, for the library's graphs.
+            extra, test (`dict`, *optional*): Further values by name, for the graphs of perforatedai.
             learning_rate (`float`): At this evaluation, for the graphs.
-            parameters (`int`): Of the network now, for the library's tables.
+            parameters (`int`): Of the network now, for the tables of perforatedai.
 
         Returns:
-            `bool`: Whether the library says that training is complete.
+            `bool`: Whether perforatedai says that training is complete.
         """
         now = time.monotonic()
         record = [score, decision.name, extra or {}, test or {}, learning_rate, parameters, now - self._last]
@@ -222,9 +221,7 @@ class PAITracker:
 
     def _tell(self, record: list) -> bool:
         score, decision, extra, test, learning_rate, parameters, seconds = record
-        if (
-            not PartialState().is_main_process
-        ):  # the library's other processes read files that only the first one writes
+        if not PartialState().is_main_process:  # its other processes read files that only the first one writes
             return decision == Decision.COMPLETE.name
         tracker, member, pc, decision = self._tracker, self._tracker.member_vars, self._settings, Decision[decision]
         with self._installed(), torch.random.fork_rng(devices=[]):
@@ -249,7 +246,7 @@ class PAITracker:
                 score, self._neuron, force_switch=decision is not Decision.CONTINUE
             )
             counts = member["param_counts"]
-            counts[known:] = [parameters] * (len(counts) - known)  # of the network, not of what the library watches
+            counts[known:] = [parameters] * (len(counts) - known)  # of the network, not of what perforatedai watches
             for path in (self._folder / SAVE_NAME).glob("switch_*.pt"):
                 path.unlink()
         return bool(complete)
@@ -257,7 +254,7 @@ class PAITracker:
     # -------------------------------------------------------------------------------------------------------- graphs
 
     def draw(self) -> list[Path]:
-        """Draw the library's graphs and tables. Returns their files, in a folder that lasts as long as this object."""
+        """Draw the graphs and tables of perforatedai. Returns their files; this object keeps their folder."""
         member = self._tracker.member_vars
         if not member["accuracies"]:
             return []
@@ -275,11 +272,11 @@ class PAITracker:
     # --------------------------------------------------------------------------------------------------------- state
 
     def state_dict(self) -> list:
-        """What the library was told, as JSON has it."""
+        """The evaluations that perforatedai received, as JSON types."""
         return self._records
 
     def load_state_dict(self, records: list) -> None:
-        """Tell a new tracker of the library what `state_dict` has. ValueError if it is something else."""
+        """Pass what `state_dict` returned to a new tracker of perforatedai. ValueError if it is something else."""
         self._start()
         for record in records:
             if not _is_record(record):
@@ -290,7 +287,7 @@ class PAITracker:
 
 
 def _plain(name: str) -> str:
-    """A name of a metric as the library can keep it: commas end a value in its files."""
+    """A name of a metric as perforatedai can store it: commas end a value in its files."""
     return re.sub(r"[^A-Za-z0-9 _.-]", "_", name) or "score"
 
 
@@ -307,7 +304,7 @@ def _is_record(record) -> bool:
 
 
 def stand_in(layer: nn.Module) -> nn.Module:
-    """A module of a layer's class and shapes on the CPU, for the library to copy: no hooks, dendrites or values."""
+    """A module of a layer's class and shapes on the CPU, for perforatedai to copy: no hooks, dendrites or values."""
     if not layers.can_fuse(layer):
         plain = layers.plain_copy(layer)
         return (layers.remove_dendrites(plain) if layers.has_dendrites(plain) else plain).to("cpu")

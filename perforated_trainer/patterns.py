@@ -21,7 +21,7 @@ def matching(pattern: str, names: Iterable[str]) -> list[str]:
 
     Args:
         pattern: a regular expression for the whole name, a name, or the end of names: `query` means each `*.query`.
-            With a dot in front, as the library writes names, it is a whole name.
+            With a dot in front, as perforatedai writes names, it is a whole name.
         names: of the modules.
 
     Raises PerforatedError for a regular expression that is none.

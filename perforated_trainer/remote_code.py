@@ -129,7 +129,7 @@ def auto_classes(model_class: type, config_class: type) -> list[str]:
 
 
 def extract(model_class: type, config_class: type) -> tuple[str, list[str]]:
-    """The text of a file with what a model and its config need of theirs, and its constants that hold a text.
+    """The text of a file with what a model and its config need of that file, and its constants that hold a text.
 
     Definitions are taken: imports, functions, classes, assignments, and an `if` or `try` of nothing else; and those
     that they read. Other statements never are: they may hold a secret, or do something. ValueError, OSError or

@@ -193,6 +193,8 @@ class PerforatedTrainer(ExportingTrainer):
                 self.decision = Decision.COMPLETE
             output = TrainOutput(self.state.global_step, 0.0, {})
         else:
+            if facts:
+                self._together(lambda: checkpoint.discard_after(self.run_dir, facts["step"], say), main_only=True)
             output = self._train(start, *args, **kwargs)
         if self.stop_signal.number and self.decision is not Decision.COMPLETE:
             raise PerforatedError(self._how_to_resume(), 128 + self.stop_signal.number)
@@ -543,7 +545,7 @@ class PerforatedTrainer(ExportingTrainer):
     def _finish_checkpoint(self, folder: Path, facts: dict, limit: int | None) -> None:
         self.growth.save(folder)
         checkpoint.write_manifest(folder, facts)
-        checkpoint.rotate(self.run_dir, limit, newest=folder)
+        checkpoint.rotate(self.run_dir, limit)
 
     def _together(self, work, main_only: bool = False) -> None:
         """Do something in the first process or in all; all processes wait for it, and end with the error of any."""

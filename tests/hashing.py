@@ -30,6 +30,9 @@ class Hashing(TrainerCallback):
         if args.run_name == "rank 1 dies" and rank == "1" and state.global_step == 12:
             os._exit(1)
 
+    def on_evaluate(self, args, state, control, model=None, **kwargs):
+        digest(model)
+
 
 class HashingTrainer(script.AugmentingTrainer):
     def __init__(self, *args, **kwargs):

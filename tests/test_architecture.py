@@ -116,8 +116,10 @@ def defined():
                 names.add(node.id)
             elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and is_self(node.value):
                 names.add(node.attr)
-            elif isinstance(node, ast.Dict):  # of type(name, bases, names)
-                names |= {part.value for part in node.keys if isinstance(part, ast.Constant)}
+            elif isinstance(node, ast.Subscript) and isinstance(
+                node.slice, ast.Constant
+            ):  # of type(name, bases, names)
+                names.add(node.slice.value)
     return names - set().union(*HOOKS.values(), *PRIVATE.values())
 
 

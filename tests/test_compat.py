@@ -1,6 +1,7 @@
-"""What `_compat` and `tracker` bend in other libraries is there, and does what they assume."""
+"""Names of other libraries that the package uses without a promise are there, and do what it assumes."""
 
 import inspect
+import pdb
 import sys
 
 import pytest
@@ -9,12 +10,17 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import is_lomo_available
-from perforated_trainer.scaffold import GPA, MPA, UPA
-from perforated_trainer.tracker import Decision, DendriteTracker
-from transformers import Trainer, TrainingArguments
+from models import build
+from peft import LoraConfig
+from small import DISTILBERT, arguments, trainer_for
+from test_architecture import HOOKS
+from torch import nn
+from transformers import AutoModelForSequenceClassification, EarlyStoppingCallback, Trainer, TrainingArguments
+from transformers.quantizers import HfQuantizer
 
-import mnist_huggingface_perforatedai as mnist
-from perforated_trainer import DendriteArguments, PerforatedTrainer, _compat, layers, perforate, scaffold
+from perforated_trainer import DendriteArguments, PerforatedError, PerforatedTrainer, _compat, layers, loading, pai
+from perforated_trainer.export import ExportingTrainer
+from perforated_trainer.policy import Decision
 
 # ---------------------------------------------------------------------------------------------------------- safetensors
 
@@ -30,8 +36,9 @@ def test_safetensors_refuses_shared_tensors_unless_told_otherwise(tmp_path):
     with _compat.shared_tensors_ignored():
         safetensors.torch.save_file(tied(), tmp_path / "file")
         whole = torch.arange(6.0)
-        with pytest.raises(RuntimeError, match="share memory"):
-            safetensors.torch.save_file({"whole": whole, "part": whole[:3]}, tmp_path / "other")
+        for part in (whole[:3], whole[1:], whole.view(2, 3)):
+            with pytest.raises(RuntimeError, match="share memory"):
+                safetensors.torch.save_file({"whole": whole, "part": part}, tmp_path / "other")
     assert safetensors.torch.load_file(tmp_path / "file").keys() == tied().keys()
     assert safetensors.torch._find_shared_tensors is _compat._find_shared_tensors, "the patch ends with its block"
 
@@ -54,140 +61,176 @@ def test_one_of_several_gpus_is_used():
     assert args.n_gpu == 1
 
 
-def test_a_prepared_model_is_marked():
-    model = torch.nn.Linear(2, 2)
-    Accelerator(cpu=True).prepare(model)
+def test_what_accelerate_has_prepared_can_be_forgotten():
+    model, optimizer = nn.Linear(2, 2), torch.optim.SGD(nn.Linear(2, 2).parameters(), 0.1)
+    accelerator = Accelerator(cpu=True)
+    _, prepared = accelerator.prepare(model, optimizer)
+    accelerator.prepare(torch.optim.lr_scheduler.ConstantLR(optimizer))
     assert model._is_accelerate_prepared is True
+    assert (
+        accelerator._optimizers == [prepared] and len(accelerator._schedulers) == 1 and accelerator._models == [model]
+    )
     _compat.forget_preparation(model)
     assert model._is_accelerate_prepared is False
     assert '"_is_accelerate_prepared"' in inspect.getsource(Accelerator.prepare_model)
+    _compat.forget_optimizer(accelerator)
+    assert accelerator._optimizers == accelerator._schedulers == accelerator._models == []
 
 
-def test_adapters_are_seen():
-    model = mnist.MnistCnnForImageClassification(mnist.MnistCnnConfig())
+def test_adapters_of_a_model_are_seen():
+    model = build(DISTILBERT)
     assert _compat.has_adapters(model) is False
-    from peft import LoraConfig
-
-    model.add_adapter(LoraConfig(target_modules=["classifier.0"]))
+    model.add_adapter(LoraConfig(target_modules=["q_lin"]))
     assert _compat.has_adapters(model) is True
 
 
-HOOKS = "_evaluate _save _save_checkpoint _save_optimizer_and_scheduler _save_scaler _load_from_checkpoint"
+def test_parameters_that_no_file_had_are_new(tmp_path):
+    build(DISTILBERT).distilbert.save_pretrained(tmp_path)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    new = {name for name, parameter in model.named_parameters() if _compat.is_new(parameter)}
+    assert new == {f"{layer}.{part}" for layer in ("pre_classifier", "classifier") for part in ("weight", "bias")}
 
 
-@pytest.mark.parametrize("name", [*HOOKS.split(), "_push_from_checkpoint"])
-def test_the_hook_is_the_trainers(name):
-    """Ours takes what the Trainer gives it, and the Trainer itself calls it."""
-    stock, ours = (inspect.signature(getattr(cls, name)).parameters for cls in (Trainer, PerforatedTrainer))
-    takes_all = any(p.kind is p.VAR_POSITIONAL for p in ours.values())
+@pytest.mark.parametrize(("cls", "module"), [(PerforatedTrainer, "trainer"), (ExportingTrainer, "export")])
+def test_hooks_are_those_that_the_trainer_calls(cls, module):
+    """Each takes what the Trainer's takes, and the Trainer itself uses it."""
+    own = {name for name in vars(cls) if name.startswith("_") and not name.startswith("__") and hasattr(Trainer, name)}
+    hooks = {name for name in HOOKS[module] if callable(getattr(Trainer, name, None))}
+    assert own == hooks == HOOKS[module] - {"_train_batch_size"}
+    for name in hooks:
+        stock, ours = (inspect.signature(getattr(one, name)).parameters for one in (Trainer, cls))
+        takes_all = any(p.kind is p.VAR_POSITIONAL for p in ours.values())
+        assert takes_all or list(stock) == list(ours), name
+        assert f"self.{name}(" in inspect.getsource(Trainer), name
+    assert "self._train_batch_size" in inspect.getsource(Trainer)
+
+
+@pytest.mark.parametrize("name", sorted(HOOKS["loading"]))
+def test_hooks_of_the_quantizer_are_called_by_transformers(name):
+    stock, ours = (inspect.signature(getattr(cls, name)).parameters for cls in (HfQuantizer, loading.DendriteQuantizer))
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in ours.values())
     assert takes_all or list(stock) == list(ours)
-    assert f"self.{name}(" in inspect.getsource(Trainer)
+    assert f"self.{name}(" in inspect.getsource(HfQuantizer)
+
+
+def test_values_of_a_training_are_the_seven_that_are_expected():
+    """`schedule.of_all_cycles` takes them apart."""
+    trainer = trainer_for()
+    values = Trainer.set_initial_training_values(trainer, trainer.args, trainer.get_train_dataloader())
+    assert len(values) == 7 and values[1] == 4 and values[-1] == 8
+
+
+def test_trainer_makes_its_optimizer_before_it_wraps_the_model():
+    """`_wrap_model` is where `dendrite_learning_rate_factor` scales it, before the scheduler is made."""
+    source = inspect.getsource(Trainer._prepare_for_training)
+    order = ["self.create_optimizer()", "self._wrap_model(", "self.create_scheduler("]
+    assert [source.index(name) for name in order] == sorted(source.index(name) for name in order)
+
+
+def test_counter_of_early_stopping_is_there():
+    assert EarlyStoppingCallback(3).early_stopping_patience_counter == 0
 
 
 # --------------------------------------------------------------------------------------------------------- perforatedai
 
 
-@pytest.fixture
-def current(tmp_path):
-    """The tracker of a converted model, with a folder of its own."""
-    args = TrainingArguments(
-        output_dir="run", use_cpu=True, eval_strategy="steps", metric_for_best_model="accuracy", report_to="none"
-    )
-    model = mnist.MnistCnnForImageClassification(mnist.MnistCnnConfig(dropouts=(0.0, 0.0)))
-    perforate(model, DendriteArguments(n_epochs_to_switch=1, improvement_threshold=[0.0]), args)
-    DendriteTracker.current.folder = tmp_path
-    return DendriteTracker.current
+def tracker(**settings):
+    return pai.PAITracker(DendriteArguments(**settings), "score", True)
 
 
-def step(current):
-    """A training step, without which the library cannot restructure."""
-    optimizer = torch.optim.SGD(current.model.parameters(), 0.1)
-    current.set_optimizer(optimizer)
-    current.model(torch.randn(4, 1, 28, 28), labels=torch.arange(4)).loss.backward()
-    optimizer.step()
-
-
-def open_modules(current):
-    """The library's layers as it made them."""
-    for module in current._layers:
-        scaffold._register(module, scaffold._ORDER)
-        scaffold._register(module.dendrite_module, scaffold._DENDRITE_ORDER)
-    return current._layers
-
-
-def test_the_librarys_functions_are_replaced_by_ours():
-    assert MPA.PAINeuronModule.forward is scaffold._forward and MPA.filter_backward is scaffold._filter_backward
-    assert callable(scaffold._librarys_forward) and callable(scaffold._librarys_filter_backward)
-
-
-def test_the_paid_package_stays_out():
+def test_perforatedbp_stays_out():
     assert sys.modules["perforatedbp"] is None
 
 
-def test_a_converted_layer_has_the_parts_that_are_taken_out(current):
-    """In this order, which is that of the parameters."""
-    modules = open_modules(current)
-    names = [".features.0", ".features.2", ".classifier.0", ".classifier.3"]
-    assert sorted(module.name for module in modules) == sorted(names)
-    for module in modules:
-        assert isinstance(module, MPA.PAINeuronModule)
-        assert tuple(module._modules) == scaffold._ORDER
-        assert tuple(module.dendrite_module._modules) == scaffold._DENDRITE_ORDER
-        assert module.dendrite_modules_added == 0 and module.processor is None
-        assert list(module.dendrite_module.processors) == []
-        assert module._fb_init_done is False and module._fb_hook_handle is None
-        assert module.dendrite_module.dendrite_values[0].out_channels == -1, "no gradient has come"
+def test_entries_of_the_tracker_that_are_set_are_there():
+    one = tracker()
+    member = one._tracker.member_vars
+    for name in ("switch_mode", "current_best_validation_score", "global_best_validation_score", "param_counts"):
+        assert name in member, name
+    assert {"num_dendrites_added", "accuracies", "epoch_last_improved"} <= member.keys()
+    for name in ("making_graphs", "saved_time"):
+        assert hasattr(one._tracker, name), name
+    for name in ("add_extra_score", "add_test_score", "set_optimizer_instance", "save_graphs"):
+        assert callable(getattr(one._tracker, name)), name
 
 
-def test_the_first_gradient_tells_the_number_of_neurons(current):
-    assert len(current.idle_modules()) == 4
-    step(current)
-    assert current.idle_modules() == []
-    assert all(module._fb_init_done for module in current._layers), "the library asks once only"
+def test_global_tracker_of_the_library_is_left_alone():
+    before = pai.GPA.pc, pai.GPA.pai_tracker
+    tracker().add_score(0.5, Decision.CONTINUE)
+    assert (pai.GPA.pc, pai.GPA.pai_tracker) == before and before[1] == []
 
 
-def test_scores_decide_and_a_dendrite_is_added(current):
-    decisions = []
-    for score in (0.5, 0.4, 0.3):
-        step(current)
-        decisions.append(current.add_score(score, {"train loss": 1.0}, {"test accuracy": 0.5}, step=1))
-    assert decisions == [Decision.CONTINUE, Decision.CONTINUE, Decision.RESTRUCTURED]
-    member = GPA.pai_tracker.member_vars
-    assert member["num_dendrites_added"] == current.num_dendrites == 1
-    assert {"num_epochs_run", "epoch_last_improved", "accuracies"} <= member.keys()
-    for module in current._layers:
-        dendrites, between, to_output = scaffold.dendrites_of(module)
-        assert len(dendrites) == len(between) == 1 and to_output.shape[0] == 1
-        dimensions = module.this_output_dimensions.tolist()
-        assert dimensions.count(0) == 1
-    # Ours and the library's forward agree.
-    x = torch.randn(4, 1, 28, 28)
-    ours = current.model(x).logits
-    for module in open_modules(current):
-        module.__dict__["parts"] = None
-    assert torch.allclose(current.model(x).logits, ours, atol=1e-6)
-    current._close()
+def test_making_a_tracker_draws_no_random_numbers():
+    before = torch.get_rng_state()
+    tracker().add_score(0.5, Decision.ADD)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_the_activation_is_one_that_we_know(current):
-    """Ours computes it, so a new default of the library must be seen."""
-    assert layers.activation_name(GPA.pc.get_pai_forward_function()) == "sigmoid"
+DECISIONS = [Decision.CONTINUE, Decision.ADD, Decision.CONTINUE, Decision.RETRY, Decision.CONTINUE, Decision.ADD]
 
 
-def test_save_and_load_keep_all(current, tmp_path):
-    """With the library's own file, and what `load` does in place of its `load_system`."""
-    for score in (0.5, 0.4, 0.3):
-        step(current)
-        current.add_score(score, {}, {}, step=1)
-    folder = tmp_path / "checkpoint"
-    folder.mkdir()
-    current.save(folder)
-    x, member = torch.randn(4, 1, 28, 28), dict(GPA.pai_tracker.member_vars)
-    logits = current.model(x).logits
-    step(current)
-    assert not torch.equal(current.model(x).logits, logits)
-    current.load(folder)
-    assert torch.equal(current.model(x).logits, logits)
-    for name in ("num_dendrites_added", "num_epochs_run", "epoch_last_improved", "accuracies"):
-        assert GPA.pai_tracker.member_vars[name] == member[name]
-    assert UPA.get_tracked_modules(current.model, 0) == []
+def test_library_follows_each_decision_and_says_when_it_is_complete():
+    one = tracker()
+    ends = [one.add_score(0.1 * n, d, {"train loss": 1.0}, {"test score": 0.5}) for n, d in enumerate(DECISIONS)]
+    assert ends == [False] * len(DECISIONS)
+    assert one._tracker.member_vars["num_dendrites_added"] == 3, "each try counts"
+    assert one.add_score(0.9, Decision.COMPLETE) is True
+
+
+def test_state_brings_a_tracker_to_where_it_was():
+    one, other = tracker(), tracker()
+    for number, decision in enumerate(DECISIONS):
+        one.add_score(0.1 * number, decision)
+    other.load_state_dict(one.state_dict())
+    for name in ("num_dendrites_added", "num_epochs_run", "accuracies"):
+        assert other._tracker.member_vars[name] == one._tracker.member_vars[name]
+    assert other.state_dict() == one.state_dict()
+    with pytest.raises(ValueError, match="cannot be read"):
+        other.load_state_dict([["a score"]])
+
+
+@pytest.mark.parametrize("decisions", [DECISIONS[:1], DECISIONS[:2], DECISIONS])
+def test_graphs_are_drawn_after_any_decision(decisions):
+    one = tracker()
+    assert one.draw() == []
+    for number, decision in enumerate(decisions):
+        one.add_score(0.1 * number, decision, {}, {"test f1, macro": 0.5})
+    assert {path.suffix for path in one.draw()} == {".png", ".csv"}
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(4, 6), nn.Conv2d(3, 6, 3), nn.Conv1d(3, 6, 3)])
+@pytest.mark.parametrize("scale", [0.01, 1.0])
+def test_new_dendrite_has_the_shapes_of_its_layer_and_the_scale_of_the_settings(layer, scale):
+    torch.manual_seed(0)
+    new = tracker(dendrite_init_scale=scale).new_dendrite(layer)
+    assert {name: value.shape for name, value in new.items()} == {n: p.shape for n, p in layer.named_parameters()}
+    values = torch.cat([value.flatten() for value in new.values()])
+    assert 0.3 * scale < values.std() < 3 * scale
+
+
+def test_low_rank_dendrite_has_the_shapes_of_its_factors():
+    layer = layers.add_dendrites(nn.Linear(8, 6), 1, rank=2)
+    new = tracker(dendrite_rank=2).new_dendrite(layer)
+    layers.set_dendrite(layer, 0, new)
+    assert new["down"].shape == (2, 8)
+
+
+def test_call_of_the_library_to_the_debugger_is_an_error_with_its_message(monkeypatch):
+    """It prints what is wrong and calls pdb, which would wait for input."""
+    original, one = pdb.set_trace, tracker()
+
+    def stop(*args, **kwargs):
+        print("this_output_dimensions are wrong")
+        pdb.set_trace()
+
+    monkeypatch.setattr(pai.UPA, "simulate_cycles", stop)
+    with pytest.raises(PerforatedError, match="this_output_dimensions are wrong"):
+        one.new_dendrite(nn.Linear(2, 2))
+    assert pdb.set_trace is original
+
+
+def test_trainer_can_be_made_with_the_names_that_are_used(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    trainer = trainer_for(arguments(max_steps=1))
+    trainer.evaluate()
+    assert trainer.model._is_accelerate_prepared is True and trainer.args._n_gpu == trainer.args.n_gpu

@@ -1,4 +1,4 @@
-"""Fine-tuning with dendrites, and dendrites that take in a normalization: both benchmarks at a tiny size."""
+"""The benchmarks of fine-tuning and of joined normalization at a tiny size."""
 
 import json
 import os
@@ -25,7 +25,7 @@ def read(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_fine_tuning_is_recorded_and_not_repeated(tmp_path):
+def test_finetune_benchmark_records_each_run_once(tmp_path):
     results = tmp_path / "finetune.jsonl"
     flags = ["--results", results, "--runs", tmp_path / "runs", "--seeds", "7", "--max_train_samples", "64"]
     flags += ["--learning_rates", "1e-9", "1e-3"]
@@ -49,7 +49,7 @@ def test_fine_tuning_is_recorded_and_not_repeated(tmp_path):
     assert call("finetune.py", *flags).endswith(table) and results.read_bytes() == written
 
 
-def test_joined_normalization_is_recorded_and_not_repeated(tmp_path):
+def test_normalization_benchmark_records_each_run_once(tmp_path):
     results = tmp_path / "normalization.jsonl"
     flags = ["--results", results, "--seeds", "7", "--eval_steps", "4", "--processes", "1"]
     first = call("normalization.py", *flags)
@@ -67,7 +67,7 @@ def test_joined_normalization_is_recorded_and_not_repeated(tmp_path):
 
 
 @pytest.mark.parametrize("script", ["finetune", "normalization"])
-def test_the_page_shows_what_is_recorded(script):
+def test_page_shows_what_the_benchmark_records(script):
     if not (RESULTS / f"{script}.jsonl").is_file():
         pytest.skip("nothing is recorded")
     lines = call(f"{script}.py", "--table").splitlines()

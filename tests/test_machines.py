@@ -70,7 +70,7 @@ def errors(text):
     return [line for line in text.splitlines() if line.startswith("error: ")]
 
 
-def test_the_script_trains_on_gloo_without_a_flag(start, tmp_path):
+def test_script_with_two_processes_trains_on_gloo_without_a_flag(start, tmp_path):
     """No `--use_cpu`: the command line sets it."""
     process = start(torchrun(SCRIPT, *kills.FLAGS, "--max_steps", "10"), tmp_path)
     out, err = process.communicate(timeout=400)
@@ -80,7 +80,7 @@ def test_the_script_trains_on_gloo_without_a_flag(start, tmp_path):
     assert "Traceback" not in err and "process group" not in err
 
 
-def test_a_trainer_without_use_cpu_stops_before_anything_is_written(start, tmp_path):
+def test_trainer_with_two_processes_without_use_cpu_is_refused_before_it_writes(start, tmp_path):
     """The Trainer takes the processes for separate runs; they would race for one folder."""
     (tmp_path / "plain.py").write_text(PLAIN)
     process = start(torchrun("plain.py"), tmp_path)
@@ -93,7 +93,7 @@ def test_a_trainer_without_use_cpu_stops_before_anything_is_written(start, tmp_p
 
 
 @pytest.mark.parametrize("overwrite", [False, True], ids=["new", "over a run"])
-def test_machines_that_share_no_disk_stop_in_one_line(overwrite, start, tmp_path, finished):
+def test_machines_that_share_no_disk_are_one_line_each(overwrite, start, tmp_path, finished):
     """Two processes with current folders of their own are such machines, as output_dir is relative."""
     flags = [*kills.FLAGS, *(["--overwrite_run"] if overwrite else [])]
     if overwrite:

@@ -1,7 +1,7 @@
-"""What must work with every transformers that is promised: the script, a restructure, resume, save, load.
+"""What must work with the oldest and the newest transformers: the script, dendrite additions, resume, save, load.
 
-Runs with the other tests on the pinned versions. `.ci/run` runs it once more on the oldest transformers, which
-`tests/oldest.txt` names.
+Runs with the other tests on the pinned versions. `.ci/run` runs it once more with those of `tests/oldest.txt` and of
+`tests/newest.txt`.
 """
 
 import json
@@ -14,10 +14,11 @@ from pathlib import Path
 import kills
 import pytest
 import torch
-from transformers import Trainer, TrainingArguments
+from small import EVAL, TRAIN, TWO_DENDRITES, arguments, kept, scripted, trainer_for
+from transformers import Trainer
 
 import mnist_huggingface_perforatedai as mnist
-from perforated_trainer import DendriteArguments, PerforatedTrainer
+from perforated_trainer import PerforatedTrainer
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.slow
@@ -32,15 +33,10 @@ def run(tmp_path_factory):
 
 
 def results(folder):
-    result = json.loads((folder / "run" / "results.json").read_text())
-    return {key: value for key, value in result.items() if not key.startswith(("train_sec", "steps_per", "command"))}
+    return json.loads((folder / "run" / "results.json").read_text())
 
 
-def weights(folder):
-    return [path.read_bytes() for path in sorted((folder / "run" / "final").glob("*.safetensors"))]
-
-
-def test_a_run_adds_dendrites_and_says_little(run):
+def test_run_adds_dendrites_and_prints_no_warning(run):
     result = results(run)
     assert result["stopped_by"] == "tracker" and [cycle["dendrites"] for cycle in result["cycles"]] == [0, 1, 2]
     log = (run / "log.txt").read_text()
@@ -49,13 +45,13 @@ def test_a_run_adds_dendrites_and_says_little(run):
         assert noise not in log, log
 
 
-def test_a_run_goes_on_from_a_named_checkpoint(run, tmp_path):
-    """The checkpoint lies in the cycle with one dendrite, and holds an optimizer."""
-    step = results(run)["cycles"][1]["global_step"] // 7 * 7
+def test_named_checkpoint_resumes_to_the_same_bits(run, tmp_path):
+    """It is one with a dendrite, between two evaluations."""
+    first, second = results(run)["restarts"][:2]
+    step = next(step for step in range(first + 1, second) if step % 7 == 0 and step % 5)
     shutil.copytree(run / "run", tmp_path / "run", ignore=shutil.ignore_patterns("final", "results.json"))
     kills.run_to_end(tmp_path, "--resume_from_checkpoint", f"run/checkpoint-{step}")
-    assert results(tmp_path) == results(run)
-    assert weights(tmp_path) == weights(run) and weights(run)
+    assert kills.outcome(tmp_path) == kills.outcome(run)
 
 
 LOAD = """
@@ -77,8 +73,8 @@ for folder in folders:
 """
 
 
-def test_the_model_loads_in_a_new_process(run, tmp_path):
-    """From `final/` and from the last checkpoint, with the code that lies there and without perforatedai."""
+def test_model_loads_in_a_new_process(run, tmp_path):
+    """From `final/` and from the last checkpoint, with the code that is stored there and without perforatedai."""
     final = results(run)["final"]
     *_, test = mnist.load_data(mnist.DataArguments(max_eval_samples=200))
     torch.save(test.__getitems__(list(range(len(test)))), tmp_path / "batch.pt")
@@ -88,10 +84,51 @@ def test_the_model_loads_in_a_new_process(run, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()[-2:]
-    assert lines[0] == lines[1], "the tracker ended the run, so its last checkpoint holds the best model"
+    assert lines[0] == lines[1], "training was complete, so the last checkpoint holds the best model"
     parameters, accuracy = lines[0].split()
     assert int(parameters) == final["parameters"]
     assert float(accuracy) == pytest.approx(final["test_accuracy"], abs=1e-6)
+
+
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory):
+    """A run of a model of transformers with a test set, an epoch schedule and two dendrites; its trainer and scores."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("small"))
+        epochs = {"eval_strategy": "epoch", "save_strategy": "epoch"}
+        trainer, script = scripted(TWO_DENDRITES, more={"test_dataset": EVAL[:4]}, **epochs)
+        trainer.train()
+        yield trainer, script
+
+
+def test_model_of_transformers_is_trained_and_its_best_evaluation_kept(small_run):
+    trainer, script = small_run
+    assert trainer.num_dendrites == 2 and trainer.restarts == [12, 20, 28] and kept(trainer, script) == [0.4]
+
+
+def test_model_of_transformers_saves_itself_and_loads_with_its_own_code(small_run, tmp_path):
+    trainer, _ = small_run
+    trainer.save_model(tmp_path / "trainer")
+    trainer.model.save_pretrained(tmp_path / "model")
+    loaded = [type(trainer.model).from_pretrained(tmp_path / name) for name in ("trainer", "model")]
+    ids = torch.stack([row["input_ids"] for row in EVAL])
+    logits = [model.eval()(input_ids=ids).logits for model in (trainer.model, *loaded)]
+    assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])
+
+
+def test_fixed_cycles_and_a_stream_train(tmp_path, monkeypatch):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            yield from TRAIN
+
+    monkeypatch.chdir(tmp_path)
+    for mode, steps in (("fixed", 10), ("history", 8)):
+        changes = {"max_steps": 5 if mode == "fixed" else 8, "eval_steps": 5 if mode == "fixed" else 2}
+        dendrites = {"switch_mode": mode, "max_dendrites": 1}
+        more = {"train_dataset": Stream()}
+        trainer, _ = scripted([0.1, 0.2, 0.2, 0.3], None, dendrites, more=more, output_dir=mode, **changes)
+        trainer.train()
+        assert trainer.state.global_step == steps and trainer.restarts
 
 
 class ForkedTrainer(Trainer):
@@ -106,17 +143,9 @@ class ForkedPerforatedTrainer(PerforatedTrainer, ForkedTrainer):
     """`PerforatedTrainer` as it is with the fork."""
 
 
-@pytest.mark.parametrize("trainer_class", [PerforatedTrainer, ForkedPerforatedTrainer])
-def test_the_trainer_is_made(tmp_path, trainer_class):
-    """The fork's own way of training, with `using_perforatedai`, stays off."""
-    args = TrainingArguments(
-        output_dir=str(tmp_path / "run"),
-        use_cpu=True,
-        eval_strategy="steps",
-        metric_for_best_model="accuracy",
-        report_to="none",
-    )
-    model = mnist.MnistCnnForImageClassification(mnist.MnistCnnConfig())
-    data = [{"pixel_values": [[[0.0]]], "labels": 0}]
-    trainer = trainer_class(model=model, args=args, eval_dataset=data, dendrite_args=DendriteArguments())
-    assert not getattr(trainer, "using_perforatedai", False)
+def test_fork_trains_in_the_way_of_this_package(tmp_path, monkeypatch):
+    """Its own way, with `using_perforatedai`, stays off."""
+    monkeypatch.chdir(tmp_path)
+    trainer = trainer_for(arguments(max_steps=2), ForkedPerforatedTrainer)
+    trainer.train()
+    assert trainer.using_perforatedai is False and trainer.state.global_step == 2

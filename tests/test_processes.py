@@ -1,4 +1,4 @@
-"""Several processes, less than full precision, and the Trainer's other flags through restructures."""
+"""Several processes, less than full precision, and other flags of the Trainer through dendrite additions."""
 
 import json
 import os
@@ -38,26 +38,26 @@ def two(tmp_path_factory):
     return folder
 
 
-def test_two_processes_go_through_restructures(two):
+def test_two_processes_add_dendrites(two):
     result, _ = kills.outcome(two)
     assert result["stopped_by"] == "tracker" and [cycle["dendrites"] for cycle in result["cycles"]] == [0, 1, 2]
 
 
-def test_only_one_process_speaks_and_all_end_cleanly(two):
+def test_one_process_prints_and_all_end_cleanly(two):
     log = (two / "log.txt").read_text()
     assert log.count("0 -> 1 dendrite,") == log.count("final: ") == log.count("cannot be reached") == 1
-    assert not re.search("Warning|warning|Traceback|process group|NCCL", log), log
+    noise = [line for line in log.splitlines() if re.search("Warning|warning|Traceback|process group|NCCL", line)]
+    assert not [line for line in noise if "torch/utils/_pytree.py" not in line], log
 
 
-def test_all_processes_hold_the_same_parameters(two):
-    hashes = {}
-    for rank in (0, 1):
-        hashes[rank] = json.loads((two / f"hashes-{rank}.json").read_text())
+def test_parameters_are_equal_in_all_processes_at_every_step(two):
+    hashes = [json.loads((two / f"hashes-{rank}.json").read_text()) for rank in (0, 1)]
     steps = kills.outcome(two)[0]["global_step"]
-    assert hashes[0] == hashes[1] and len(hashes[0]) >= steps + 4  # each step, three cycles at least, and the end
+    assert hashes[0] == hashes[1]
+    assert len(hashes[0]) == 1 + steps + steps // 5 + 1, "the start, each step and evaluation, and the end"
 
 
-def test_two_processes_are_killed_and_resume(two, tmp_path):
+def test_two_processes_killed_with_a_dendrite_resume_to_the_same_bits(two, tmp_path):
     process = torchrun(tmp_path, ROOT / "mnist_huggingface_perforatedai.py", *FLAGS)
     deadline = time.monotonic() + 120
     while "0 -> 1 dendrite," not in (tmp_path / "log.txt").read_text() and time.monotonic() < deadline:
@@ -68,19 +68,19 @@ def test_two_processes_are_killed_and_resume(two, tmp_path):
     assert kills.outcome(tmp_path) == kills.outcome(two)
 
 
-def test_when_one_process_dies_the_other_ends(tmp_path):
+def test_process_that_dies_ends_the_other(tmp_path):
     process = torchrun(tmp_path, ROOT / "tests" / "hashing.py", *FLAGS, "--run_name", "rank 1 dies")
     assert process.wait(120) != 0
 
 
-def test_a_signal_to_the_launcher_saves_a_checkpoint(tmp_path):
+def test_signal_to_the_launcher_saves_a_checkpoint(tmp_path):
     process = torchrun(tmp_path, ROOT / "mnist_huggingface_perforatedai.py", *FLAGS, "--n_epochs_to_switch", "1000")
     deadline = time.monotonic() + 120
     while "evaluations without" not in (tmp_path / "log.txt").read_text() and time.monotonic() < deadline:
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGTERM)
     process.wait(60)
-    assert "with a checkpoint; to go on" in (tmp_path / "log.txt").read_text()
+    assert "with a checkpoint; to resume" in (tmp_path / "log.txt").read_text()
 
 
 @pytest.mark.parametrize("samples", [101, 150])
@@ -97,7 +97,6 @@ def test_scores_do_not_depend_on_the_number_of_processes(tmp_path, samples):
     assert scores[0]["losses"] == pytest.approx(scores[1]["losses"], abs=1e-5)
 
 
-# A row of README's table each: flags that work through a restructure ...
 @pytest.mark.parametrize(
     "flags",
     [
@@ -110,13 +109,12 @@ def test_scores_do_not_depend_on_the_number_of_processes(tmp_path, samples):
         "--optim adafactor",
     ],
 )
-def test_flags_that_work(script, small, tmp_path, flags):
+def test_flag_works_through_a_dendrite_addition(script, small, tmp_path, flags):
     assert script([*small, "--n_epochs_to_switch", "1", "--max_dendrites", "1", *flags.split()]) == 0
     result = json.loads((tmp_path / "run" / "results.json").read_text())
     assert 1 in [cycle["dendrites"] for cycle in result["cycles"]]
 
 
-# ... and flags that are refused.
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -129,7 +127,7 @@ def test_flags_that_work(script, small, tmp_path, flags):
         ("--deepspeed x.json", "DistributedDataParallel"),
     ],
 )
-def test_flags_that_are_refused(script, small, capfd, flags, message):
+def test_flag_that_does_not_work_is_one_line(script, small, capfd, flags, message):
     assert script([*small, *flags.split()]) == 2
     error = [line for line in capfd.readouterr().err.splitlines() if "cannot be reached" not in line]
     assert len(error) == 1 and message in error[0], error
@@ -137,6 +135,6 @@ def test_flags_that_are_refused(script, small, capfd, flags, message):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("flags", ["--bf16", "--fp16", "--torch_compile", ""])
-def test_on_a_gpu(script, small, tmp_path, flags):
+def test_flag_works_on_a_gpu(script, small, tmp_path, flags):
     assert script([*small, *flags.split()]) == 0
     assert json.loads((tmp_path / "run" / "results.json").read_text())["stopped_by"] == "tracker"

