@@ -244,7 +244,7 @@ def load_data(args: DataArguments) -> tuple[str, Dataset, Dataset, Dataset]:
     """Return the name of the data, and the datasets for training, validation (decides) and test (reported only)."""
     if not 0 < args.validation_split < 1:
         raise PerforatedError(f"--validation_split {args.validation_split}: it must be between 0 and 1")
-    if min(args.max_train_samples or 10, args.max_eval_samples or 10) < 10:
+    if any(limit is not None and limit < 10 for limit in (args.max_train_samples, args.max_eval_samples)):
         raise PerforatedError("--max_train_samples, --max_eval_samples: at least 10 are needed")
     name = f"IDX files in {Path(args.data_dir).name}" if args.data_dir else args.dataset_name
     try:

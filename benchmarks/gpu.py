@@ -20,6 +20,7 @@ import argparse
 import itertools
 import os
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
@@ -28,6 +29,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 LIMITS = {"tests": 150, "speed": 140, "fusion": 35, "script": 90}  # seconds
 TINY = "--max_train_samples 320 --max_eval_samples 50 --eval_steps 5 --max_dendrites 1 --n_epochs_to_switch 1 --use_cpu"
 
@@ -72,30 +74,39 @@ def speed(dry_run: bool) -> None:
 
     def compare(name, number, settings, rank=None):
         """Print a row for each of the settings, (batch size, dtype of autocast, compiler)."""
-        models, other = {}, LORA if rank else LIBRARY
-        for way in (OURS, other):
-            try:
-                models[way] = network(name, way, number, rank)
-            except Exception as error:
-                models[way] = error
+        ways = OURS, LORA if rank else LIBRARY
+        measured = [measure(name, way, number, settings, rank) for way in ways]  # one network at a time is in memory
+        for (size, dtype, compiler), ours, theirs in zip(settings, *measured, strict=True):
+            cells = [
+                name,
+                size,
+                "bf16" if dtype else "fp32",
+                "yes" if compiler else "",
+                number,
+                rank or "full",
+                ways[1],
+            ]
+            if failed := [text for text in (ours, theirs) if isinstance(text, str)]:
+                table_row(*cells, *failed, *[""] * (5 - len(failed)))
+                continue
+            (steps_per_second, memory), (other, other_memory) = ours, theirs
+            speeds = f"{steps_per_second:.1f}", f"{other:.1f}", f"{steps_per_second / other:.2f}"
+            table_row(*cells, *speeds, f"{memory:.0f}", f"{other_memory:.0f}")
+
+    def measure(name, way, number, settings, rank):
+        """For each of the settings what `time_steps` returns, or why it failed."""
+        try:
+            model = network(name, way, number, rank)
+        except Exception as error:
+            return [f"{way}: {reason(error)}"] * len(settings)
+        results = []
         for size, dtype, compiler in settings:
             batch = {key: value.to(device) for key, value in build(name, size, small=dry_run)[1].items()}
-            measured = []
-            for way, model in models.items():
-                try:
-                    if isinstance(model, Exception):
-                        raise model
-                    measured.append(time_steps(model, batch, steps, dtype, compiler))
-                except Exception as error:
-                    measured.append(f"{way}: {reason(error)}")
-            cells = [name, size, "bf16" if dtype else "fp32", "yes" if compiler else "", number, rank or "full", other]
-            failed = [text for text in measured if isinstance(text, str)]
-            if failed:
-                table_row(*cells, *failed, *[""] * (5 - len(failed)))
-            else:
-                (ours, memory), (theirs, their_memory) = measured
-                ratio = f"{ours / theirs:.2f}"
-                table_row(*cells, f"{ours:.1f}", f"{theirs:.1f}", ratio, f"{memory:.0f}", f"{their_memory:.0f}")
+            try:
+                results.append(time_steps(model, batch, steps, dtype, compiler))
+            except Exception as error:
+                results.append(f"{way}: {reason(error)}")
+        return results
 
     columns = "network", "batch", "precision", "compiled", "dendrites", "rank", "compared with", "steps/s", "other's"
     table_head(*columns, "ratio", "MiB", "other's")
@@ -110,7 +121,6 @@ def speed(dry_run: bool) -> None:
 
 def fusion(dry_run: bool) -> None:
     import torch
-    from steps import ROOT as _  # noqa: F401 - finds the package
     from torch import nn
 
     from perforated_trainer import layers
@@ -193,23 +203,23 @@ def main() -> None:
     os.environ |= {"OMP_NUM_THREADS": "1"} if args.dry_run else {}
     failed = []
     for part in args.parts:
-        began = time.perf_counter()
+        began, limit = time.perf_counter(), LIMITS[part] * (4 if args.dry_run else 1)
         command = [sys.executable, os.path.abspath(__file__), "--out", str(out), "--part", part]
         command += ["--dry_run"] if args.dry_run else []
-        with tempfile.TemporaryDirectory() as folder, open(out / f"{part}.md", "w") as file:
-            errors = open(out / f"{part}.err", "w")
-            process = subprocess.Popen(command, cwd=folder, stdout=file, stderr=errors, start_new_session=True)
+        results, errors = out / f"{part}.md", out / f"{part}.err"
+        with tempfile.TemporaryDirectory() as folder, results.open("w") as file, errors.open("w") as error_file:
+            process = subprocess.Popen(command, cwd=folder, stdout=file, stderr=error_file, start_new_session=True)
             try:
-                status = process.wait(LIMITS[part])
+                status = process.wait(limit)
                 told = "done" if not status else f"failed with status {status}"
             except subprocess.TimeoutExpired:
-                status, told = 1, f"cut at its limit of {LIMITS[part]} s"
-                os.killpg(process.pid, 9)  # with what the part has started
+                status, told = 1, f"cut at its limit of {limit} s"
+                os.killpg(process.pid, signal.SIGKILL)  # with what the part has started
                 process.wait()
         failed += [part] if status else []
-        if status and (last := (out / f"{part}.err").read_text().strip().splitlines()):
+        if status and (last := errors.read_text().strip().splitlines()):
             told += f": {last[-1][:200]}"
-        lines += [f"\n## {part}: {told}, {time.perf_counter() - began:.0f} s\n", (out / f"{part}.md").read_text()]
+        lines += [f"\n## {part}: {told}, {time.perf_counter() - began:.0f} s\n", results.read_text()]
         (out / "report.md").write_text("\n".join(lines))
         print(lines[-2].strip("# \n"), flush=True)
     if failed:

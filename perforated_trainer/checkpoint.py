@@ -28,7 +28,7 @@ _WRITTEN = re.compile(
     r"|(model|network|best_model|adapter_model|pytorch_model)[\w.-]*\.(safetensors|bin|json)"
     r"|((generation|adapter|tokenizer|processor|\w*preprocessor)_)?config\.json|(trainer|dendrite|baseline)_state\.json"
     r"|(dendrites|tokenizer|special_tokens_map|added_tokens|vocab|chat_template)\.json|vocab\.txt|merges\.txt"
-    r"|chat_template\.jinja|\w[\w.]*\.(model|spm)|(modeling|configuration|tokenization|processing|dendrite)_\w+\.py"
+    r"|chat_template\.jinja|\w[\w.]*\.(model|spm)|(modeling|configuration|tokenization|[a-z_]*processing|dendrite)_\w+\.py"
 )
 _CHECKPOINT = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
 

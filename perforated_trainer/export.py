@@ -164,6 +164,10 @@ class ExportingTrainer(Trainer):
             "command": run_dir.redact(sys.argv),
             "versions": report.installed_versions(),
         }
+        if self.dendrite_args.num_initial_dendrites:  # a baseline has fewer than the first cycle
+            self.results["parameters_without_dendrites"] = sum(
+                p.numel() for name, p in self.model.named_parameters() if not re.search(r"(^|\.)dendrite", name)
+            )
         run = self.dendrite_args.control_of
         if run and self.stopped_by == "tracker":  # else it was not as long
             from .comparison import compare
@@ -235,7 +239,7 @@ class ExportingTrainer(Trainer):
             super().create_model_card(*args, **kwargs)
         elif self.is_world_process_zero():
             kind, processor = type(self.model), self.processing_class
-            run, here = self.run_dir.resolve(), Path.cwd()
+            run, here = (self._run_of_card or self.run_dir).resolve(), Path.cwd()
             run = run.relative_to(here) if run.is_relative_to(here) else Path(run.name)  # no path of this machine
             card = model_card.model_card(
                 results,
@@ -257,14 +261,17 @@ class ExportingTrainer(Trainer):
     def _numbers_of_dendrites(self) -> dict[str, int]:
         return {name: layer.num_dendrites for name, layer in layers.layers_with_dendrites(self.model).items()}
 
+    _run_of_card = None  # the folder of the run, while `output_dir` is another one
+
     @contextlib.contextmanager
     def _output_dir(self, folder: Path):
         """Let the Trainer's own methods work in another folder."""
         before, self.args.output_dir = self.args.output_dir, str(folder)
+        self._run_of_card = Path(before)
         try:
             yield
         finally:
-            self.args.output_dir = before
+            self.args.output_dir, self._run_of_card = before, None
 
     def _write_final(self, **metadata):
         """Write the model and its card into `final/`, whole or not at all: under another name first."""

@@ -223,7 +223,7 @@ class _Recomputed(torch.autograd.Function):
         rows, factors = output.reshape(-1, output.shape[-1]), own[-1].unbind()
         result = torch.empty_like(rows)
         with torch.autocast(output.device.type, enabled=False):
-            for block, part, values, _ in _blocks(hidden, *own[:3], rows.shape, activation):
+            for block, _, values, _ in _blocks(hidden, *own[:3], rows.shape, activation):
                 before, target = rows[block], result[block]
                 for factor, value in zip(factors, values.unbind()):  # noqa: B905 - torch.compile; equal lengths
                     before = torch.addcmul(before, factor, value, out=target)

@@ -173,9 +173,7 @@ class DendriteQuantizer(HfQuantizer):
                 raise ValueError(f"{name} was saved with shape {tuple(value.shape)}, {self._shapes[name]} is needed")
         if hasattr(model.config, "transformers_weights"):
             del model.config.transformers_weights  # this folder's alone, another one loaded with the config has its own
-        for value in (*model.parameters(), *model.buffers()):  # the CPU rounds products by where their factors are
-            if value.device.type == "cpu" and value.data_ptr() % 64:  # in a mapped file; else as torch allocates
-                value.data = value.data.clone()
+        _align(model)
         if self._base is not None:
             load_base(model, self.quantization_config, self._base)
         return make_dendritic(model)
@@ -221,6 +219,14 @@ def check_dendrites(model: nn.Module, saved: dict, partial: bool = False) -> Non
     if wrong:
         more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise ValueError(f"The weights do not fit the dendrites in config.json: {', '.join(wrong[:3])}{more}")
+
+
+def _align(model):
+    """The CPU rounds products by where their factors are: as torch allocates, not as they were in a mapped file."""
+    for value in (*model.parameters(), *model.buffers()):
+        is_plain = value.device.type == "cpu" and not hasattr(value, "__tensor_flatten__")
+        if is_plain and value.data_ptr() % 64:
+            value.data = value.data.clone()
 
 
 _loading_base = False
@@ -361,6 +367,7 @@ def load_dendrites(base_model: nn.Module, folder: str | Path) -> nn.Module:
     with safe_open(file, framework="pt") as weights:
         for name in weights.keys():  # noqa: SIM118
             own[name].copy_(weights.get_tensor(name))
+    _align(base_model)
     _remember_base(base_model, config.base, expected)
     return make_dendritic(base_model).eval()
 

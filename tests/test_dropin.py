@@ -58,7 +58,7 @@ def logits(model, name=DISTILBERT):
         return model.eval()(input_ids=texts).logits
 
 
-# -------------------------------------------------------------------------------------------------------- a conversion
+# --------------------------------------------------------------------------------------------------------- a conversion
 
 
 def test_model_that_is_not_converted_is_converted():
@@ -90,7 +90,7 @@ def test_tied_weights_need_no_call_before(tmp_path):
     assert torch.equal(logits(loaded, name), logits(trainer.model, name))
 
 
-# ----------------------------------------------------------------------------------- what example scripts do in a run
+# ------------------------------------------------------------------------------------- what example scripts do in a run
 
 
 def test_calls_of_the_example_scripts_work_in_their_order(tmp_path):
@@ -429,7 +429,7 @@ def tokenizer(words=("[PAD]", "[UNK]", "[EOS]", "a", "name", "is", "bound")):
     return transformers.PreTrainedTokenizerFast(tokenizer_object=words, **special)
 
 
-# --------------------------------------------------------------------------------------------------------- the Hub
+# -------------------------------------------------------------------------------------------------------------- the Hub
 
 
 def test_push_uploads_the_model_and_leaves_the_run(hub, tmp_path):

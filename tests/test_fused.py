@@ -94,7 +94,7 @@ def test_dendrites_with_zero_output_weights_leave_the_layer_equal_to_the_bit(kin
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if layers.can_fuse(LAYERS[kind.partition(", rank")[0]][0]())])
 def test_dendrites_that_are_separate_products_compute_the_same(kind, monkeypatch):
-    layer, dendrites, to_dendrite, to_output, x, dim, rank = parts(kind, 3)
+    layer, dendrites, to_dendrite, to_output, x, _, rank = parts(kind, 3)
     new = layers.add_dendrites(layer, 3, rank=rank)
     for i, dendrite in enumerate(dendrites):
         weights = dendrite[1] if rank else dendrite.state_dict()

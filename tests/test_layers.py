@@ -84,7 +84,7 @@ def naive(layer, dendrites, to_dendrite, to_output, x, dim):
     return output
 
 
-# ------------------------------------------------------------------------------------------------------- the formula
+# ---------------------------------------------------------------------------------------------------------- the formula
 
 
 @each_layer
@@ -178,7 +178,7 @@ def test_dendrites_are_one_product_up_to_a_size(size, products):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("kind", ["linear", "conv2d", "block", "linear, rank 2"])
 def test_dendrites_have_dtype_and_frozen_parameters_stay_frozen(kind, dtype):
-    layer, *given, x, dim, rank = parts(kind, 2)
+    layer, *_, x, dim, rank = parts(kind, 2)
     new = layers.add_dendrites(layer.to(dtype), 2, dim=dim, neurons=6, rank=rank)
     assert {p.dtype for p in new.parameters()} == {dtype} and new(x.to(dtype)).dtype == dtype
     layers.resize_dendrites(new, 3)
@@ -208,12 +208,12 @@ def test_add_dendrites_none_leaves_the_class():
     assert type(layers.add_dendrites(nn.Linear(3, 4), 0)) is nn.Linear
 
 
-# ----------------------------------------------------------------------------------- a layer with dendrites is that layer
+# --------------------------------------------------------------------------------- a layer with dendrites is that layer
 
 
 @pytest.mark.parametrize("kind", ["linear", "block", "linear, rank 2"])
 def test_hooks_of_layer_fire_with_dendrites_and_not_in_them(kind):
-    layer, *given, x, dim, rank = parts(kind, 2)
+    layer, *_, x, dim, rank = parts(kind, 2)
     called, x = [], x.requires_grad_()
     layer.register_forward_pre_hook(lambda module, inputs: called.append("before"))
     layer.register_forward_hook(lambda module, inputs, output: called.append("after"))
@@ -303,7 +303,7 @@ def test_reparametrized_layer_trains_copies_loads_and_loses_its_dendrites(how, k
 def test_reparametrization_is_taken_off_and_put_on_with_dendrites():
     torch.manual_seed(0)
     x, layer = torch.randn(4, 8), layers.add_dendrites(nn.Linear(8, 6), 2)
-    for name, parameter in layer.named_parameters():
+    for parameter in layer.parameters():
         nn.init.normal_(parameter, std=0.3)
     expected = layer(x)
     off = {
@@ -340,7 +340,7 @@ def test_pruning_of_all_weights_of_a_model_reaches_dendrites_by_name():
     assert zeros == sum(int((getattr(module, name) == 0).sum()) for module, name in pairs)
 
 
-# ----------------------------------------------------------------------------------------- layers that hold other layers
+# ---------------------------------------------------------------------------------------- layers that hold other layers
 
 
 @pytest.mark.parametrize("nested", [True, False])

@@ -1,4 +1,4 @@
-"""Models with dendrites through a folder and back: each family, other heads, plain modules, and folders of real runs."""
+"""Models with dendrites through a folder and back: each family, other heads, plain modules, folders of real runs."""
 
 import copy
 import json
@@ -62,7 +62,7 @@ def logits(model, name):
         return model.eval()(**batch_of(name, model.dtype)).logits
 
 
-# ------------------------------------------------------------------------------------------------------------ families
+# ------------------------------------------------------------------------------------------------------------- families
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -127,7 +127,7 @@ def test_full_and_low_rank_in_one_model_are_saved_and_loaded(tmp_path):
     assert torch.equal(logits(loaded, DISTILBERT), logits(model, DISTILBERT))
 
 
-# --------------------------------------------------------------------------------------- without package, two packages
+# ---------------------------------------------------------------------------------------- without package, two packages
 
 AUTO = {
     BERT: "AutoModelForMaskedLM",
@@ -221,7 +221,7 @@ def test_stock_trainer_trains_a_loaded_model(tmp_path):
     assert torch.equal(logits(again, DISTILBERT), logits(model, DISTILBERT))
 
 
-# -------------------------------------------------------------------------------------- other heads, bodies, bare configs
+# ------------------------------------------------------------------------------------ other heads, bodies, bare configs
 
 
 def test_model_without_dendrites_is_saved_as_a_stock_model(tmp_path):
@@ -376,7 +376,7 @@ def test_plain_module_saved_and_loaded_is_equal_to_the_bit(rank, joined, tmp_pat
 
 def test_plain_module_that_does_not_fit_is_one_clear_error(tmp_path):
     loading.save_module(with_dendrites(Plain()), tmp_path)
-    with pytest.raises(ValueError, match="gives dendrites to 'features.0', which Linear does not have"):
+    with pytest.raises(ValueError, match=r"gives dendrites to 'features\.0', which Linear does not have"):
         loading.load_module(nn.Linear(4, 3), tmp_path)
     values = json.loads((tmp_path / loading.MODULE).read_text())
     values["layers"]["head"] = 10_000_000
@@ -461,7 +461,7 @@ def test_numbers_that_do_not_fit_are_refused_before_anything_is_allocated(layer,
     pytest.fail("no layer was changed")
 
 
-# --------------------------------------------------------------------------------------------------- folders of real runs
+# ------------------------------------------------------------------------------------------------- folders of real runs
 
 
 @pytest.fixture(scope="module")

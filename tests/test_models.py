@@ -65,10 +65,14 @@ def first(logits, labels):
     return logits[0] if isinstance(logits, tuple) else logits
 
 
-def trainer_for(name, model=None, dendrites=None, callbacks=(), scores=TWO, cls=PerforatedTrainer, more=None, **changes):
+def trainer_for(
+    name, model=None, dendrites=None, callbacks=(), scores=TWO, cls=PerforatedTrainer, more=None, **changes
+):
     """A trainer that adds two dendrites, evaluated at each of its six steps."""
     usual = {"eval_steps": 1, "save_strategy": "steps", "save_steps": 3, "logging_steps": 1, "learning_rate": 1e-2}
-    more = {"name": name, "callbacks": [TrainedOnce(), *callbacks], "preprocess_logits_for_metrics": first} | (more or {})
+    more = {"name": name, "callbacks": [TrainedOnce(), *callbacks], "preprocess_logits_for_metrics": first} | (
+        more or {}
+    )
     model = models.build(name) if model is None else model
     return scripted(scores, model, dendrites, cls=cls, more=more, **usual | changes)[0]
 
@@ -106,7 +110,7 @@ def check_reloaded(name, trainer, process, tied):
     assert size < 1.05 * (trainer.num_parameters * trainer.model.dtype.itemsize + buffers) + 12_000  # names
 
 
-# ------------------------------------------------------------------------------------------------------------ families
+# ------------------------------------------------------------------------------------------------------------- families
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -197,7 +201,7 @@ def test_tied_layer_that_is_asked_for_gets_dendrites_and_stays_tied(name, proces
     check_reloaded(name, trainer, process, tied)
 
 
-# ------------------------------------------------------------------------------- one network: hooks, names, copies, norms
+# ----------------------------------------------------------------------------- one network: hooks, names, copies, norms
 
 
 class Normed(transformers.DistilBertForSequenceClassification):
@@ -227,7 +231,7 @@ class ByName(PerforatedTrainer):
 
 
 class Watch(TrainerCallback):
-    """What a user's callback sees and does: names, classes, calls of hooks; the model saved and copied in three ways."""
+    """What a user's callback sees and does: names, classes, calls of hooks; the model saved and copied."""
 
     def __init__(self, model):
         self.model, self.calls, self.seen, self.copies = model, [], [], []
@@ -397,7 +401,7 @@ def test_pruning_and_freezing_between_two_trainings_hold_in_the_second():
     assert torch.equal(model.distilbert.transformer.layer[0].ffn.lin1.dendrite_weight, frozen)
 
 
-# ---------------------------------------------------------------------------------------------- models of a user's own
+# ----------------------------------------------------------------------------------------------- models of a user's own
 
 
 class OwnConfig(transformers.PreTrainedConfig):
@@ -419,7 +423,9 @@ class Own(transformers.PreTrainedModel):
 
     def forward(self, input_ids, labels=None, attention_mask=None):
         hidden = self.embedding(input_ids)
-        hidden = self.body(hidden) if attention_mask is None else self.body(hidden, src_key_padding_mask=~attention_mask)
+        hidden = (
+            self.body(hidden) if attention_mask is None else self.body(hidden, src_key_padding_mask=~attention_mask)
+        )
         logits = self.head(hidden.mean(1))
         loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
         return SequenceClassifierOutput(loss=loss, logits=logits)
@@ -454,7 +460,7 @@ class Twice(nn.Module):
 def test_module_under_two_names_stays_one_with_its_dendrites(asked):
     settings = {"module_ids_to_perforate": [asked], "dendrite_init_scale": 1.0}
     if asked == "body.b":  # a second name is not looked for
-        with pytest.raises(PerforatedError, match="no module body.b"):
+        with pytest.raises(PerforatedError, match=r"no module body\.b"):
             trainer_for(DISTILBERT, own(Twice), settings)
         return
     trainer = trained(DISTILBERT, own(Twice), dendrites=settings)
@@ -599,7 +605,7 @@ def test_model_of_timm_trains_resumes_and_loads_to_the_same_bits():
     assert torch.equal(logits(resumed.model, batch), expected)
 
 
-# ----------------------------------------------------------------------------------------------- which layers, and why not
+# -------------------------------------------------------------------------------------------- which layers, and why not
 
 
 def plan_of(model, **settings):
@@ -723,7 +729,7 @@ def test_module_with_several_outputs_is_named_with_what_to_set():
         trainer.train()
 
 
-# ------------------------------------------------------------------------------------- a refusal leaves the model as it was
+# --------------------------------------------------------------------------------- a refusal leaves the model as it was
 
 REFUSED = {
     "typo in module_ids_to_track": {"module_ids_to_track": ["typo"]},

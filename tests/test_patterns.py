@@ -44,7 +44,7 @@ def trained(name, model=None, output_dir="run", **settings):
     return trainer
 
 
-# ----------------------------------------------------------------------------------------------------------- patterns
+# ------------------------------------------------------------------------------------------------------------- patterns
 
 NAMES = ["", "query", "a.query", "a.0.query", "a.1.my_query", "a.10.value", "key"]
 
@@ -120,7 +120,7 @@ def test_last_blocks_are_those_of_the_longest_row():
         last_blocks(torch.nn.Linear(1, 1), 1)
 
 
-# ------------------------------------------------------------------------------------------------ number of parameters
+# ------------------------------------------------------------------------------------------------- number of parameters
 
 
 @pytest.mark.parametrize("rank", [None, 2])
@@ -191,7 +191,7 @@ def test_sizes_of_layers_with_norms_and_pruned_weights_are_those_of_their_dendri
     assert planned_sizes(grow(0), args, plan_dendrites(grow(0), args, arguments())) == expected
 
 
-# ------------------------------------------------------------------------------- a convolution and its normalization
+# ---------------------------------------------------------------------------------- a convolution and its normalization
 
 
 def logits(model, name=RESNET):
@@ -235,7 +235,7 @@ def test_what_gets_no_dendrites_is_not_joined():
     assert found.plan.norms and not [name for name in found.plan.norms if "embedder" in name]
 
 
-# ------------------------------------------------------------------------------------------------------------ adapters
+# ------------------------------------------------------------------------------------------------------------- adapters
 
 
 def scores(model):

@@ -220,7 +220,8 @@ def test_loss_as_metric_with_evaluation_by_epoch(script, small, tmp_path, capsys
     flags = "--metric_for_best_model loss --eval_strategy epoch --save_strategy epoch --n_epochs_to_switch 2".split()
     assert script([*small, *flags, "--max_dendrites", "1"]) == 0
     result, output = results(tmp_path), capsys.readouterr().out
-    assert re.search("best_validation +validation_accuracy +test_accuracy +test_loss", output)
+    (header,) = [line for line in output.splitlines() if "best_validation" in line]
+    assert {"best_validation", "validation_accuracy", "test_accuracy", "test_loss"} <= set(header.split())
     for cycle in result["cycles"]:
         assert f" {cycle['best_validation']:.4f}" in output and f" {cycle['validation_accuracy']:.4f}" in output
     assert result["metric"] == "eval_loss" and result["greater_is_better"] is False
@@ -296,10 +297,10 @@ def test_validation_data_is_the_same_for_every_seed_and_disjoint():
 def write_image_dataset(folder, size=28):
     import datasets
 
-    features = datasets.Features({"picture": datasets.Image(), "digit": datasets.ClassLabel(names=list("0123456789"))})
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list("0123456789"))})
     for part in ("train", "test"):
         pictures = torch.randint(256, (40, size, size), dtype=torch.uint8).numpy()
-        rows = {"picture": list(pictures), "digit": [number % 10 for number in range(40)]}
+        rows = {"image": list(pictures), "label": [number % 10 for number in range(40)]}
         (folder / "data").mkdir(parents=True, exist_ok=True)
         table = datasets.Dataset.from_dict(rows, features=features)
         table.to_parquet(folder / "data" / f"{part}-00000-of-00001.parquet")
@@ -311,7 +312,7 @@ def test_image_dataset_of_the_hub_is_read(tmp_path):
     assert name.endswith("own") and (len(train), len(validation), len(test)) == (32, 8, 40)
     assert train[:]["pixel_values"].shape == (32, 1, 28, 28) and set(test.labels.tolist()) == set(range(10))
     write_image_dataset(tmp_path / "large", size=32)
-    with pytest.raises(PerforatedError, match="28x28 grey ones are needed"):
+    with pytest.raises(PerforatedError, match="images of 28x28"):
         load_data(DataArguments(dataset_name=str(tmp_path / "large")))
 
 
@@ -337,8 +338,8 @@ def test_terminal_shows_a_bar_and_is_never_asked(tmp_path):
         ("--metric_for_best_model f1 --eval_steps 5", "does not return eval_f1. It returns eval_loss, eval_accuracy"),
         ("--validation_split 0", "--validation_split 0.0"),
         ("--validation_split 1.5", "--validation_split 1.5"),
-        ("--max_train_samples 9", "--max_train_samples 9"),
-        ("--max_eval_samples 0", "--max_eval_samples 0"),
+        ("--max_train_samples 9", "--max_train_samples, --max_eval_samples: at least 10"),
+        ("--max_eval_samples 0", "--max_train_samples, --max_eval_samples: at least 10"),
         ("--save_name a/b", "no path separator"),
         ("--save_name=", "--save_name ''"),
         ("--metric_for_best_model wer", "--greater_is_better false"),
@@ -349,8 +350,8 @@ def test_terminal_shows_a_bar_and_is_never_asked(tmp_path):
         ("--auto_find_batch_size", "--per_device_train_batch_size"),
         ("--fsdp", "torchrun"),
         ("--deepspeed ds.json", "torchrun"),
-        ("--data_dir nowhere", "train-images-idx3-ubyte"),
-        ("--dataset_name nobody/nothing", "--dataset_name nobody/nothing cannot be loaded"),
+        ("--data_dir nowhere", "--data_dir nowhere cannot be read"),
+        ("--dataset_name nobody/nothing", "--dataset_name nobody/nothing cannot be read"),
         ("--resume_from_checkpoint nowhere", "there is no such checkpoint folder"),
         ("--learning_rate fast", "--learning_rate"),
     ],
@@ -368,7 +369,7 @@ def test_bad_flag_is_one_line_and_status_2(script, tmp_path, capfd, flags, messa
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "magic", "text", "labels", "size"])
-def test_bad_idx_file_is_named(script, tmp_path, capfd, damage):
+def test_bad_idx_file_is_one_line(script, tmp_path, capfd, damage):
     raw = write_idx(tmp_path / "data", size=27 if damage == "size" else 28)
     file = raw / "t10k-labels-idx1-ubyte"
     content = file.read_bytes()
@@ -380,7 +381,7 @@ def test_bad_idx_file_is_named(script, tmp_path, capfd, damage):
         file.write_bytes({"truncated": content[:-3], "magic": gzip.compress(content), "text": b"not a file"}[damage])
     assert script(["--data_dir", str(tmp_path / "data")]) == 2
     error = capfd.readouterr().err.strip()
-    assert "\n" not in error and ("28x28" if damage == "size" else "t10k-labels-idx1-ubyte") in error
+    assert "\n" not in error and "data cannot be read" in error and "images of 28x28" in error
 
 
 def test_run_folder_is_never_overwritten_silently(script, small, tmp_path, capfd):
