@@ -170,7 +170,7 @@ class _LowRank(_Layer):
     def forward(self, *args, **kwargs):
         output = super(_Layer, self).forward(*args, **kwargs)
         x = args[0] if args else next(iter(kwargs.values()))
-        if not torch.is_autocast_enabled(x.device.type):
+        if x.is_meta or not torch.is_autocast_enabled(x.device.type):
             x = x.to(self.dendrite_down.dtype)
         activation, between = ACTIVATIONS[self.dendrite_activation], self.dendrite_to_dendrite
         if (base := self._dendrite_kind) in _CONVOLVE:

@@ -86,7 +86,6 @@ def test_quick_start_in_empty_folder_saves_model_that_loads(quick_start_run):
     assert results["stopped_by"] == "tracker"
     assert results["cycles"][-1]["dendrites"] > 0  # whether one is kept depends on the last bits
     assert results["final"]["test_accuracy"] > 0.9
-    assert results["train_seconds"] < 300
 
 
 @pytest.mark.slow
@@ -259,7 +258,7 @@ def test_flags_that_are_named_exist(page):
         own |= {f"--{name}" for name in re.findall(r'"--(\w+)"', text_of(path))}
         own |= {f"--{name}" for name in re.findall(r"(?m)^    (\w+): .*HfArg\(", text_of(path))}
     others = {"--api_key", "--password", "--fused", "--predict_with_generate"}  # secrets, removed, of another Trainer
-    flags = set(re.findall(r"(?<![\w-])--[a-z]\w+", text_of(page).replace("<!--", "")))
+    flags = set(re.findall(r"(?<![\w-])--[a-z]\w+\b(?!-)", text_of(page).replace("<!--", "")))
     assert flags <= known | own | others, flags - known - own - others
 
 

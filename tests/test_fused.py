@@ -7,7 +7,7 @@ import torch
 from test_layers import KINDS, LAYERS, parts
 
 from perforated_trainer import DendriteArguments, layers
-from perforated_trainer.pai import GPA, MPA, UPA, PAITracker
+from perforated_trainer.pai import MPA, UPA, PAITracker
 
 
 @pytest.fixture(scope="module")
@@ -71,14 +71,16 @@ def test_logits_and_gradients_equal_those_of_perforatedai(library, kind, count):
 
 
 @pytest.mark.parametrize("activation", ["sigmoid", "relu", "tanh", "gelu"])
-def test_activation_is_the_one_that_perforatedai_applies(library, activation, monkeypatch):
+def test_activation_is_the_one_that_perforatedai_applies(activation):
     layer, dendrites, to_dendrite, to_output, x, dim, _ = parts("linear", 2)
-    monkeypatch.setattr(GPA.pc, "pai_forward_function", layers.ACTIVATIONS[activation])
-    theirs = of_library(layer, dendrites, to_dendrite, to_output, dim, 3)
+    tracker = PAITracker(DendriteArguments(dendrite_activation=activation), "loss", False)
+    with tracker._installed():
+        theirs = of_library(layer, dendrites, to_dendrite, to_output, dim, 3)
+        expected = theirs(x)
     ours = layers.add_dendrites(copy.deepcopy(layer), 2, activation=activation)
     for i, dendrite in enumerate(dendrites):
         layers.set_dendrite(ours, i, dendrite.state_dict(), to_dendrite[i], to_output[i])
-    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours(x), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -54,7 +54,7 @@ def parts(kind, count):
         with torch.no_grad():
             dendrite.weight.copy_(product.T if transposed else product)
         bias = torch.zeros(6) if dendrite.bias is None else dendrite.bias.detach()
-        factors.append({"down": down, "up": up, "bias": bias})
+        factors.append({"down": down, "up": up.T, "bias": bias})
         dendrites[i] = dendrite, factors[i]
     return layer, dendrites, to_dendrite, to_output, x, dim, int(rank)
 

@@ -172,7 +172,7 @@ def test_new_process_loads_with_the_code_from_the_folder_and_stock_code_fails(tm
         model = grown(name)
         model.save_pretrained(tmp_path / name)
         assert remote_code.save_code(model, tmp_path / name)
-        assert {path.name for path in (tmp_path / name).glob("*.py")} == {"dendrite_layers.py", "dendrite_loading.py"}
+        assert {path.name for path in (tmp_path / name).glob("*.py")} == set(loading.code_of_dendrites())
         torch.save((batch_of(name), logits(model, name)), tmp_path / name / "expected.pt")
     (tmp_path / "elsewhere").mkdir()
     done = subprocess.run(
