@@ -71,7 +71,7 @@ def perforate(model: nn.Module, dendrite_args: DendriteArguments, training_args:
         for name, parameter in model.named_parameters():
             is_dendrite = any(part.startswith("dendrite") for part in name.split("."))
             if parameter.is_floating_point():
-                parameter.requires_grad_(is_dendrite or name in plan.trained)
+                parameter.requires_grad_((is_dendrite or name in plan.trained) and parameter.numel() > 0)
     for module in outermost_models(model):
         loading.make_dendritic(module)
     model.dendrite_args = dendrite_args

@@ -20,6 +20,11 @@ from torch import nn
 from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
+
+def _identity(x):
+    return x
+
+
 ACTIVATIONS = {
     "sigmoid": torch.sigmoid,
     "relu": torch.relu,
@@ -37,7 +42,7 @@ ACTIVATIONS = {
     "hardswish": F.hardswish,
     "hardtanh": F.hardtanh,
     "logsigmoid": F.logsigmoid,
-    "identity": lambda x: x,
+    "identity": _identity,
 }
 # Above this many weights, the dendrites of a layer are separate products: one large product saves nothing there and its
 # gradient is one large copy more. Measured on a CPU.
@@ -202,11 +207,12 @@ def _add_low_rank(output, hidden, up, bias, between, to_output, activation):
     return _combine(output, sums, between, to_output, activation, -1)
 
 
-_BLOCK = 2**16  # numbers of a dendrite of which a CPU's cache holds several times as many
+_BLOCK = 2**18  # numbers of all dendrites: what a CPU's cache holds several times
 # The gradient of an activation from its value, into a tensor that is there.
 _GRADIENTS = {
     torch.sigmoid: torch.ops.aten.sigmoid_backward.grad_input,
     torch.tanh: torch.ops.aten.tanh_backward.grad_input,
+    _identity: lambda gradient, value, grad_input: None,  # it is there
 }
 
 
@@ -269,7 +275,7 @@ def _blocks(hidden, up, bias, between, shape, activation, slope=True):
     """For each block of rows: which ones, their hidden values, the values of the dendrites, stacked, and, unless there
     is a `slope`, for each dendrite its value and sum as autograd has them."""
     (rows, neurons), number, pairs = shape, len(up), between.unbind()
-    step = max(1, _BLOCK // neurons) if hidden.device.type == "cpu" else max(1, rows)
+    step = max(1, _BLOCK // (neurons * number)) if hidden.device.type == "cpu" else max(1, rows)
     hidden, bias = hidden.view(number, -1, rows), bias.unsqueeze(1)
     for start in range(0, rows, step):
         block, graphs = slice(start, start + step), []
@@ -491,7 +497,9 @@ def add_dendrites(
         device = next((p.device for p in module.parameters()), None)
         like = torch.empty(0, dtype=getattr(module, "compute_dtype", None), device=device)
     for name, (shape, _) in _shapes(module, num_dendrites, neurons, rank).items():
-        module.register_parameter(name, nn.Parameter(torch.zeros(shape, dtype=like.dtype, device=like.device)))
+        value = torch.zeros(shape, dtype=like.dtype, device=like.device)
+        # An empty one gets no gradient, which DistributedDataParallel would wait for.
+        module.register_parameter(name, nn.Parameter(value, requires_grad=0 not in shape))
     module.num_dendrites, module.dendrite_dim, module.dendrite_activation = num_dendrites, dim, activation
     if rank:
         module.dendrite_rank = rank
@@ -524,7 +532,8 @@ def resize_dendrites(module: nn.Module, num_dendrites: int) -> None:
         new = torch.zeros(shape, dtype=old.dtype, device=old.device)
         size = min(old.shape[axis], new.shape[axis])
         new.narrow(axis, 0, size).copy_(old.detach().narrow(axis, 0, size))
-        setattr(module, name, nn.Parameter(new, requires_grad=old.requires_grad))
+        trained = old.requires_grad if old.numel() else module.dendrite_to_output.requires_grad
+        setattr(module, name, nn.Parameter(new, requires_grad=trained and 0 not in shape))
     if hasattr(module, "dendrites"):
         kept = list(module.dendrites)[:num_dendrites]
         kept += [plain_copy(kept[0]) for _ in range(num_dendrites - before)]
