@@ -126,8 +126,8 @@ class PlotCallback(TrainerCallback):
         if time.monotonic() - self.drawn > 100 * self.seconds:
             self.draw(args, state)
 
-    def draw(self, args, state) -> None:
-        """Draw now; the trainer does at the end of a run."""
+    def draw(self, args, state, kept_dendrites: int | None = None) -> None:
+        """Draw now; the trainer does at the end of a run, with the number of dendrites of the kept model."""
         began, trainer = time.monotonic(), self._trainer
         if state.is_world_process_zero:
             folder = Path(args.output_dir)
@@ -137,10 +137,9 @@ class PlotCallback(TrainerCallback):
                     (folder / PERFORATEDAI).mkdir(exist_ok=True)
                     with checkpoint.replacing(folder / PERFORATEDAI / file.name) as temporary:
                         shutil.copyfile(file, temporary)
-                kept = None if trainer.stopped_by is None else trainer.num_dendrites
-                greater = args.greater_is_better
+                greater, cycles = args.greater_is_better, trainer.cycles()
                 plot.draw(
-                    state.log_history, trainer.score_name, greater, path, kept_dendrites=kept, cycles=trainer.cycles()
+                    state.log_history, trainer.score_name, greater, path, kept_dendrites=kept_dendrites, cycles=cycles
                 )
             except OSError as error:  # a full disk, for example; the training needs no plot
                 say(f"warning: {path} cannot be drawn: {error}")

@@ -185,7 +185,8 @@ class _LowRank(_Layer):
         # Transposed, (n r, rows): all products with thin matrices, those of the backward pass too, are then fast ones.
         hidden = torch.mm(self.dendrite_down, x.reshape(-1, x.shape[-1]).t())
         own = self.dendrite_up, self.dendrite_bias, between, self.dendrite_to_output
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or hidden.dtype != output.dtype:
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or output.is_meta
+        if traced or hidden.dtype != output.dtype:
             rows = output.reshape(-1, output.shape[-1])
             return _add_low_rank(rows, hidden, *own, activation).view(output.shape)
         own = (value.to(output.dtype) for value in own)

@@ -600,7 +600,7 @@ def check_savable(model: nn.Module) -> None:
             f"dendrites_only: this {type(model).__name__} does not know the name of its base; load it with "
             "from_pretrained, or set model.config._name_or_path"
         )
-    if all(p.requires_grad for p in model.parameters()):
+    if all(p.requires_grad or not p.numel() for p in model.parameters()):
         raise ValueError("dendrites_only: nothing of this model is frozen, all of it was trained; use freeze_base")
 
 

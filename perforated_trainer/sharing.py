@@ -57,7 +57,8 @@ def trained_part(model: nn.Module) -> dict[str, torch.Tensor]:
     Buffers that hold many integers are weights of a quantized layer.
     """
     saved = model.state_dict()
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    # Empty ones, of a single dendrite, have no gradient.
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad or not p.numel()}
     buffers = {name: b for name, b in model.named_buffers() if name in saved and (not is_quantized(b) or b.ndim == 0)}
     return trained | buffers
 

@@ -384,7 +384,7 @@ class PerforatedTrainer(ExportingTrainer):
             self.growth.restore_best()
         self.train_seconds += time.monotonic() - self._began
         if self.plot in self._callbacks():  # a caller may have removed it
-            self.plot.draw(self.args, self.state)
+            self.plot.draw(self.args, self.state, kept_dendrites=self.num_dendrites)
         self.accelerator.wait_for_everyone()
         return super()._finalize_training(*args, **kwargs)
 

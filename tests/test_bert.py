@@ -14,7 +14,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples" / "bert_language_modeling_perforatedai.py"
 
-# The learning rate falls to nothing at the first gain below 5 %: the first cycle ends early, and a dendrite, which
+# The learning rate falls to nothing at the first gain below 5%: the first cycle ends early, and a dendrite, which
 # starts at the full rate again, is sure to gain.
 TINY = """
     --save_name run --config_overrides hidden_size=8,intermediate_size=16 --vocab_size 300 --max_seq_length 16
@@ -38,7 +38,7 @@ def finished(tmp_path_factory):
     return folder
 
 
-def test_a_dendrite_is_kept_and_reported(finished):
+def test_run_keeps_a_dendrite_and_reports_it(finished):
     result = results(finished)
     assert result["stopped_by"] == "tracker"
     assert result["dataset"] == {
@@ -50,7 +50,7 @@ def test_a_dendrite_is_kept_and_reported(finished):
     before, after = result["cycles"]
     assert (before["dendrites"], after["dendrites"], result["final"]["dendrites"]) == (0, 1, 1)
     assert after["best_validation"] < before["best_validation"] and after["parameters"] > before["parameters"]
-    # the tracker keeps a model where it gains 1 %: the best score may lie beside it
+    # a model is kept if it gains 1%: the best score may be another one
     assert result["final"]["validation_loss"] == pytest.approx(after["best_validation"], rel=0.01)
     table = (finished / "log.txt").read_text()
     for cycle in (before, after):
@@ -78,7 +78,7 @@ def resumed(tmp_path_factory):
         yield folder, trainers[-1]
 
 
-def test_resume_repeats_the_run(finished, resumed):
+def test_resumed_run_equals_the_run(finished, resumed):
     assert results(finished)["cycles"][0]["global_step"] > 10
     for key in ("cycles", "final", "global_step", "stopped_by"):
         assert results(resumed[0])[key] == results(finished)[key]
@@ -86,7 +86,7 @@ def test_resume_repeats_the_run(finished, resumed):
         assert (resumed[0] / "run/final" / name).read_bytes() == (finished / "run/final" / name).read_bytes()
 
 
-def test_reload_gives_the_trained_logits_to_the_last_bit(resumed):
+def test_loaded_model_has_the_trained_logits_to_the_bit(resumed):
     folder, trainer = resumed
     model, ids = trainer.model.eval(), trainer.test_dataset[:8]["input_ids"]
     with torch.no_grad():
@@ -115,14 +115,14 @@ print(sum(p.numel() for p in model.parameters()), len(AutoTokenizer.from_pretrai
     assert final["dendrites"] > 0 and done.stdout.split() == 2 * [str(final["parameters"]), "300"]
 
 
-def test_same_tokenizer_each_time():
+def test_tokenizer_is_the_same_each_time():
     texts = example.read_python_reference()
     first, second = (example.train_tokenizer(texts, 2000) for _ in range(2))
     assert first.get_vocab() == second.get_vocab() and len(first) == 2000
     assert first.tokenize("The interpreter") == ["the", "interpreter"]
 
 
-def test_validation_is_masked_once_and_apart_from_training():
+def test_validation_data_is_masked_once_and_separate_from_training():
     texts = example.read_texts(example.DataArguments())[1]
     assert not set(texts["train"]) & (set(texts["validation"]) | set(texts["test"]))
     tokenizer = example.train_tokenizer(texts["train"], 1000)
@@ -137,7 +137,7 @@ def test_validation_is_masked_once_and_apart_from_training():
     assert torch.equal(parts["validation"]["labels"][:], again["validation"]["labels"][:])
 
 
-def test_files_and_a_validation_file(tmp_path):
+def test_text_files_are_read_and_split(tmp_path):
     lines = example.read_python_reference()
     (tmp_path / "train.txt").write_text("\n".join(lines[:100]) + "\n\n")
     (tmp_path / "other.txt").write_text("\n".join(lines[100:120]))
@@ -192,7 +192,7 @@ def test_bad_input_is_one_line(flags, message, tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_is_not_overwritten(finished, monkeypatch, capsys):
+def test_finished_run_is_not_overwritten(finished, monkeypatch, capsys):
     monkeypatch.chdir(finished)
     before = (finished / "run" / "results.json").read_bytes()
     assert example.main(TINY) == 2

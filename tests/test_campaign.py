@@ -1,4 +1,4 @@
-"""The benchmarks that measure what dendrites give: run at a tiny size, and their table recomputed from the records."""
+"""The benchmarks of what dendrites give: run at a tiny size, and their tables computed again from the records."""
 
 import json
 import math
@@ -27,7 +27,7 @@ def call(script, *flags):
     return done.stdout
 
 
-def test_a_campaign_records_its_runs_and_does_not_repeat_them(tmp_path):
+def test_campaign_records_its_runs_once(tmp_path):
     results = tmp_path / "dendrites.jsonl"
     flags = ["--results", results, "--runs", tmp_path / "runs", "--seeds", "7", "--processes", "1", *TINY]
     flags += ["--experiments", "same training, no dendrites", "wider, same training", "with dendrites"]
@@ -54,7 +54,7 @@ def test_a_campaign_records_its_runs_and_does_not_repeat_them(tmp_path):
     assert f'lower than of "{CONTROLS[0]}", %: {gain:.1f} (one seed, no interval); the dendrites\' own' in table
 
 
-def test_the_first_run_of_several_seeds(tmp_path):
+def test_first_run_of_several_seeds_is_recorded(tmp_path):
     results = tmp_path / "first_run.jsonl"
     flags = ["--first_run", "--results", results, "--runs", tmp_path / "runs", "--seeds", "3", "--processes", "1"]
     printed = call("dendrites.py", *flags, *TINY, "--n_epochs_to_switch", "2")
@@ -65,7 +65,7 @@ def test_the_first_run_of_several_seeds(tmp_path):
     assert row in printed and f"one dendrite kept: {int(record['dendrites'] > 0)} of 1 seeds" in printed
 
 
-def test_a_study_records_its_runs_and_does_not_repeat_them(tmp_path):
+def test_study_records_its_runs_once(tmp_path):
     results = tmp_path / "studies.jsonl"
     flags = ["--results", results, "--runs", tmp_path / "runs", "--seeds", "7", "--processes", "1", *TINY]
     flags += ["--n_epochs_to_switch", "2", "--studies", "memory"]
@@ -105,7 +105,7 @@ def largest_pair(widths):
     [("mnist", []), ("mnist", ["--max_dendrites", "5"]), ("default", [])],
     ids=["complete", "five dendrites", "default"],
 )
-def test_the_table_is_that_of_the_records(data, flags):
+def test_table_is_that_of_the_records(data, flags):
     records = [json.loads(line) for line in RESULTS.read_text().splitlines()]
     records = [record for record in records if (record["data"], record["flags"]) == (data, flags)]
     folder = [] if data == "default" else ["--data_dir", data]
@@ -113,7 +113,7 @@ def test_the_table_is_that_of_the_records(data, flags):
 
 
 @pytest.mark.parametrize("study", ["little data", "memory"])
-def test_the_table_of_a_study_is_that_of_the_records(study):
+def test_table_of_a_study_is_that_of_the_records(study):
     results = RESULTS.with_name("studies.jsonl")
     if not results.is_file():
         pytest.skip("no study is recorded")
@@ -123,7 +123,7 @@ def test_the_table_of_a_study_is_that_of_the_records(study):
     check_table([record for record in records if record["flags"] == [] and record["experiment"] in rows], printed)
 
 
-def test_a_table_of_made_up_records(tmp_path):
+def test_table_of_made_up_records_has_their_means(tmp_path):
     """As above, where no campaign is recorded yet."""
     results, records = tmp_path / "made-up.jsonl", []
     for number, experiment in enumerate(["with dendrites", *CONTROLS, "wider", "without dendrites"]):
@@ -172,7 +172,7 @@ def check_table(records, printed):
         (["bert.py"], "bert.jsonl"),
     ],
 )
-def test_the_pages_show_what_is_recorded(command, file):
+def test_pages_show_what_is_recorded(command, file):
     """Each row that is computed from the records, and each comparison, stands in README or docs as it is printed."""
     if not (RESULTS.parent / file).is_file():
         pytest.skip(f"no {file} is recorded")

@@ -121,8 +121,6 @@ def test_flag_works_through_a_dendrite_addition(script, small, tmp_path, flags):
         ("--fp16 --use_cpu", "--fp16 needs a GPU"),
         ("--activation_checkpointing", "does not support it"),
         ("--gradient_checkpointing", "does not support it"),
-        ("--train_sampling_strategy group_by_length", "are for text"),
-        ("--neftune_noise_alpha 5", "are for text"),
         ("--fsdp", "DistributedDataParallel"),
         ("--deepspeed x.json", "DistributedDataParallel"),
     ],

@@ -1,4 +1,4 @@
-"""The sweep with Optuna: killed in the middle of a trial, gone on with, and what it refuses."""
+"""The sweep with Optuna: killed in the middle of a trial, continued, and what raises an error."""
 
 import fcntl
 import os
@@ -47,7 +47,7 @@ def study(folder):
     return optuna.load_study(study_name="sweep", storage=f"sqlite:///{folder}/sweep/study.db")
 
 
-def test_a_sweep_that_is_killed_goes_on(tmp_path):
+def test_sweep_that_is_killed_continues(tmp_path):
     command = [str(ROOT / "mnist_huggingface_perforatedai.py"), "--num_trials", "2", "--", *SMALL]
     killed = subprocess.Popen([*SWEEP, *command], cwd=tmp_path, start_new_session=True)
     while not list(tmp_path.glob("sweep/trial-1/checkpoint-*/perforated.json")):
@@ -64,7 +64,7 @@ def test_a_sweep_that_is_killed_goes_on(tmp_path):
     assert [trial.params for trial in after.trials] == [trial.params for trial in before]
     assert after.trials[1].params.keys() == VARIED and before[0] == after.trials[0]
     log = (tmp_path / "sweep" / "trial-1.log").read_text()
-    assert log.count("network:") == 2 and log.count("starting from the beginning") == 1  # it was resumed
+    assert log.count("data: ") == 2 and log.count("starting from the beginning") == 1  # it was resumed
     assert f"accuracy so far {after.trials[1].value:.4f}" in log or f"  {after.trials[1].value:.4f}  " in log
     lines = done.stdout.splitlines()
     assert [line.split(",")[0] for line in lines] == [
@@ -73,7 +73,7 @@ def test_a_sweep_that_is_killed_goes_on(tmp_path):
     ]
 
 
-def test_a_trial_that_fails_does_not_end_the_sweep(tmp_path):
+def test_trial_that_fails_does_not_end_the_sweep(tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
     first = call(tmp_path, "script.py", "--num_trials", "1", "--metric", "loss")
     assert first.returncode == 2 and first.stderr == "error: each trial failed; sweep/trial-*.log have their output\n"
@@ -98,7 +98,7 @@ def test_a_trial_that_fails_does_not_end_the_sweep(tmp_path):
     assert len(study(tmp_path).trials) == 4
 
 
-def test_a_trial_that_is_stopped_stops_the_sweep(tmp_path):
+def test_trial_that_is_stopped_stops_the_sweep(tmp_path):
     """As one that gets SIGTERM: it saves a checkpoint, and is not failed."""
     (tmp_path / "script.py").write_text("raise SystemExit(143)")
     done = call(tmp_path, "script.py")
@@ -137,7 +137,7 @@ def damaged_file(folder):
         (None, ["script.py", "--num_trials", "many"], "invalid int"),
     ],
 )
-def test_bad_input_is_refused_in_one_line(tmp_path, before, flags, message):
+def test_bad_input_is_one_line(tmp_path, before, flags, message):
     (tmp_path / "script.py").write_text(SCRIPT)
     if before:
         before(tmp_path / "sweep")
@@ -148,7 +148,7 @@ def test_bad_input_is_refused_in_one_line(tmp_path, before, flags, message):
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == files
 
 
-def test_without_optuna(tmp_path):
+def test_without_optuna_is_one_line(tmp_path):
     """An interpreter that finds no packages."""
     done = subprocess.run([sys.executable, "-S", *SWEEP[1:], "script.py"], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (2, "error: Optuna is missing: pip install optuna\n")
