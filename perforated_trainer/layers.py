@@ -228,13 +228,14 @@ class _Recomputed(torch.autograd.Function):
         ctx.activation = activation
         ctx.save_for_backward(hidden, *own)
         rows, factors = output.reshape(-1, output.shape[-1]), own[-1].unbind()
-        result = torch.empty_like(rows)
+        result = output.new_empty(output.shape)  # no view is returned: code of models may change it in place
+        targets = result.view(rows.shape)
         with torch.autocast(output.device.type, enabled=False):
             for block, _, values, _ in _blocks(hidden, *own[:3], rows.shape, activation):
-                before, target = rows[block], result[block]
+                before, target = rows[block], targets[block]
                 for factor, value in zip(factors, values.unbind()):  # noqa: B905 - torch.compile; equal lengths
                     before = torch.addcmul(before, factor, value, out=target)
-        return result.view(output.shape)
+        return result
 
     @staticmethod
     def backward(ctx, gradient):

@@ -81,7 +81,7 @@ class ModelCode:
         files = dict(self.dendrite_files) if has_dendrites else {}
         if text := self.text:
             if has_dendrites and f"from .{CODE} import" not in text:
-                text += "\n\n# Lets transformers load dendrites. Some versions copy only the files that are named here.\n"
+                text += "\n\n# Lets transformers load dendrites. Old versions copy only files that are named here.\n"
                 names = [name.removesuffix(".py") for name in self.dendrite_files]
                 text += "".join(f"from .{name} import __name__ as _{name}  # noqa: E402, F401\n" for name in names)
             files[f"{self.file}.py"] = text

@@ -18,7 +18,8 @@ from torch import nn
 _READS = re.compile(r"self(\.\w+|\[[^\]]*\])+\.(weight|bias)\b")
 _HARMLESS = set("dtype device shape ndim size dim numel requires_grad is_cuda is_meta is_quantized grad".split())
 _WHEN_MADE = set(
-    "__init__ _init_weights init_weights reset_parameters _reset_parameters tie_weights extra_repr".split()
+    "__init__ _init_weights init_weights initialize_weights "
+    "reset_parameters _reset_parameters tie_weights extra_repr".split()
 )
 _QUESTIONS = {"isinstance", "hasattr", "getattr", "type", "id", "len"}
 # Their classes read the weights of layers on a fast path, which `layers.compute_in_full` switches off.

@@ -160,26 +160,3 @@ def check_table(records, printed):
         seeds = [seed for name, seed in error if name == "with dendrites" and (other, seed) in error]
         reductions = [100 - 100 * error["with dendrites", seed] / error[other, seed] for seed in seeds]
         assert float(shown) == pytest.approx(statistics.fmean(reductions), abs=0.051)
-
-
-@pytest.mark.parametrize(
-    "command, file",
-    [
-        (["dendrites.py", "--table", "--data_dir", "mnist"], "dendrites.jsonl"),
-        (["dendrites.py", "--table", "--data_dir", "mnist", "--max_dendrites", "5"], "dendrites.jsonl"),
-        (["dendrites.py", "--table", "--first_run"], "first_run.jsonl"),
-        (["studies.py", "--table"], "studies.jsonl"),
-        (["bert.py"], "bert.jsonl"),
-    ],
-)
-def test_pages_show_what_is_recorded(command, file):
-    """Each row that is computed from the records, and each comparison, stands in README or docs as it is printed."""
-    if not (RESULTS.parent / file).is_file():
-        pytest.skip(f"no {file} is recorded")
-    records = {path: path.read_bytes() for path in RESULTS.parent.iterdir()}
-    starts = ("| ", "test error with", "validation error with")
-    printed = [line for line in call(*command).splitlines() if line.startswith(starts)]
-    assert len(printed) > 3
-    pages = [line for page in (ROOT / "README.md", *ROOT.glob("docs/*.md")) for line in page.read_text().splitlines()]
-    assert [line for line in printed if line not in pages and f"- {line}" not in pages] == []
-    assert {path: path.read_bytes() for path in RESULTS.parent.iterdir()} == records

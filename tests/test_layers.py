@@ -161,6 +161,17 @@ def test_layer_with_dendrites_autocasts_exports_checkpoints_and_is_made_on_meta(
     assert {p.device.type for p in empty.parameters()} == {"meta"} and empty(x.to("meta")).device.type == "meta"
 
 
+@each_layer
+def test_output_of_layer_with_dendrites_can_be_changed_in_place(kind):
+    layer, *given, x, dim, rank = parts(kind, 2)
+    new = joined(layer, *given, dim, rank)
+    output = new(x)
+    output /= 2  # as the code of some models does
+    output.sum().backward()
+    torch.testing.assert_close(output, new(x) / 2)
+    assert all(parameter.grad is not None for parameter in new.parameters())
+
+
 @pytest.mark.parametrize("kind", ["linear", "linear, rank 2"])
 def test_dynamo_traces_layer_as_one_graph(kind):
     layer, *given, x, dim, rank = parts(kind, 2)

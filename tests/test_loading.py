@@ -36,7 +36,7 @@ def with_dendrites(model, count=2, activation="sigmoid", rank=None):
     outputs = model.get_output_embeddings() if isinstance(model, transformers.PreTrainedModel) else None
     found = [m for m in model.modules() if layers.can_fuse(m) and m is not outputs]
     for i, module in enumerate(found):
-        if rank is None or rank < layers.rank_limit(module):
+        if rank is None or (getattr(module, "groups", 1) == 1 and rank < layers.rank_limit(module)):
             layers.add_dendrites(module, 1 + i % count, activation=activation, rank=rank)
     for name, parameter in model.named_parameters():
         if "dendrite" in name:
@@ -110,6 +110,58 @@ def test_low_rank_saved_and_loaded_is_equal_to_the_bit(name, tmp_path):
     assert sum(w.numel() for n, w in weights.items() if "dendrite" not in n) > 3 * sum(
         w.numel() for n, w in weights.items() if "dendrite_down" in n or "dendrite_up" in n
     )
+
+
+SMALL = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+IDS = {"input_ids": torch.arange(3, 15)[None]}
+
+
+def bert_to_bert():
+    parts = transformers.BertConfig(**SMALL), transformers.BertConfig(**SMALL)
+    return transformers.EncoderDecoderModel(transformers.EncoderDecoderConfig.from_encoder_decoder_configs(*parts))
+
+
+def longformer():  # changes the output of layers in place
+    config = transformers.LongformerConfig(**SMALL, attention_window=4, max_position_embeddings=40, pad_token_id=1)
+    return transformers.LongformerForMaskedLM(config)
+
+
+def wav2vec2():  # weight norm
+    sizes = {"conv_dim": [16, 16], "conv_stride": [5, 2], "conv_kernel": [10, 3], "num_conv_pos_embeddings": 16}
+    config = transformers.Wav2Vec2Config(**SMALL, num_feat_extract_layers=2, **sizes)
+    return transformers.Wav2Vec2ForSequenceClassification(config)
+
+
+def albert():  # each layer is used several times
+    config = transformers.AlbertConfig(**SMALL | {"num_hidden_layers": 3}, embedding_size=8)
+    return transformers.AlbertForMaskedLM(config)
+
+
+def mixtral():
+    config = transformers.MixtralConfig(**SMALL, num_key_value_heads=1, num_local_experts=2)
+    return transformers.MixtralForCausalLM(config)
+
+
+UNUSUAL = {
+    bert_to_bert: IDS | {"decoder_input_ids": IDS["input_ids"]},
+    longformer: IDS,
+    wav2vec2: {"input_values": torch.linspace(-1, 1, 3200)[None]},
+    albert: IDS,
+    mixtral: IDS,
+}
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+@pytest.mark.parametrize("make", UNUSUAL, ids=lambda make: make.__name__)
+def test_unusual_model_saved_and_loaded_is_equal_to_the_bit(make, rank, tmp_path):
+    torch.manual_seed(0)
+    model, batch = make().eval(), UNUSUAL[make]
+    before = output(model, batch)
+    expected = output(loading.make_dendritic(with_dendrites(model, rank=rank)), batch)
+    assert not torch.equal(before, expected)
+    torch.testing.assert_close(model(**batch).logits.detach(), expected, atol=1e-4, rtol=1e-4)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(output(type(make()).from_pretrained(tmp_path), batch), expected)
 
 
 def test_full_and_low_rank_in_one_model_are_saved_and_loaded(tmp_path):

@@ -19,7 +19,19 @@ import kills
 import pytest
 import safetensors.torch
 import torch
-from small import EVAL, TWO_DENDRITES, SignalAt, arguments, kept, kill_at_step, killed, losses, scores_left, scripted, trainer_for
+from small import (
+    EVAL,
+    TWO_DENDRITES,
+    SignalAt,
+    arguments,
+    kept,
+    kill_at_step,
+    killed,
+    losses,
+    scores_left,
+    scripted,
+    trainer_for,
+)
 from torch.utils.data import IterableDataset
 
 from perforated_trainer import DendriteArguments, PerforatedError, PerforatedTrainer, checkpoint

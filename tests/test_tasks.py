@@ -90,7 +90,7 @@ def run(task, argv, monkeypatch):
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(PlotCallback, "draw", lambda *args: None)  # most of the time; test_script covers it
+    monkeypatch.setattr(PlotCallback, "draw", lambda *args, **kwargs: None)  # most of the time; test_script covers it
 
 
 def written(name):
