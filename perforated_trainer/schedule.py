@@ -58,7 +58,7 @@ def explanation(dendrite_args: DendriteArguments, args: TrainingArguments) -> st
 
 
 class CycleEndCallback(TrainerCallback):
-    """With `switch_mode="fixed"`: an evaluation at the last step of each cycle, and no second one at an epoch end there.
+    """With `switch_mode="fixed"`: an evaluation at the last step of each cycle, and no second one if an epoch ends too.
 
     Args:
         ends (`Callable[[int], bool]`): Whether a cycle ends with a step.

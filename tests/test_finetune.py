@@ -99,14 +99,3 @@ def test_normalization_benchmark_records_each_run_once(call, tmp_path):
         assert line in first
     written = results.read_bytes()
     assert first.endswith(call("normalization.py", *flags)) and results.read_bytes() == written
-
-
-@pytest.mark.parametrize("script", ["finetune", "normalization"])
-def test_page_shows_what_the_benchmark_records(call, script):
-    if not (RESULTS / f"{script}.jsonl").is_file():
-        pytest.skip("nothing is recorded")
-    lines = call(f"{script}.py", "--table").splitlines()
-    printed = [f"- {line}" if "error with" in line else line for line in lines if line.strip()]
-    assert len(printed) > 4
-    page = (ROOT / "docs" / "results.md").read_text().splitlines()
-    assert [line for line in printed if line not in page] == []
