@@ -52,7 +52,7 @@ class ModelCode:
             else:
                 self.file = "modeling_" + re.sub(r"\W", "_", self.config_class.model_type or name.lower())
                 self.text, constants = extract(self.cls, self.config_class)
-        except (OSError, SyntaxError, ValueError) as error:
+        except (OSError, SyntaxError, TypeError, ValueError) as error:
             self.is_usable = False
             logger.warning(
                 f"The code of {name} cannot be saved with the model: {' '.join(str(error).split())}. The folder loads "
@@ -146,9 +146,15 @@ def extract(model_class: type, config_class: type) -> tuple[str, list[str]]:
     return text, source.constants(chosen, needed)
 
 
+def _module_of(cls):
+    if cls.__module__ not in sys.modules:
+        raise OSError(f"its module {cls.__module__} is not loaded")
+    return sys.modules[cls.__module__]
+
+
 def _read_source(cls):
     """Name and text of the file of a class, or the texts of all cells of its notebook."""
-    module = sys.modules[cls.__module__]
+    module = _module_of(cls)
     if getattr(module, "__file__", None):
         with tokenize.open(inspect.getsourcefile(module) or module.__file__) as file:  # knows the encoding of a source
             return Path(file.name).name, [file.read()]
@@ -165,7 +171,7 @@ class _Source:
     """The statements of the source of a class."""
 
     def __init__(self, cls):
-        self.module, statements = sys.modules[cls.__module__], {}
+        self.module, statements = _module_of(cls), {}
         self.label, texts = _read_source(cls)
         for text in texts:
             try:

@@ -87,7 +87,7 @@ def test_benchmark_tiny_model_records_all_rows_once(call, data, tmp_path):
     written = results.read_bytes()
     assert str(data).encode() not in written and str(ROOT).encode() not in written
     assert first.count("| LoRA |") == 2  # results and settings
-    assert call("--table") == first[first.index("\n2 blocks adapted") :]
+    assert call("--table") == again[again.index("\n2 blocks adapted") :]
 
 
 def test_next_trial_rates_then_one_change_at_a_time():
