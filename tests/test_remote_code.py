@@ -484,6 +484,6 @@ def test_auto_classes_are_those_of_the_class_that_it_is_made_from():
 
 
 def test_model_code_of_a_module_that_is_not_loaded_is_not_usable():
-    config = type("GoneConfig", (PreTrainedConfig,), {"model_type": "gone", "__module__": "gone"})
-    gone = type("Gone", (PreTrainedModel,), {"config_class": config, "__module__": "gone"})
+    config = type("GoneConfig", (transformers.PreTrainedConfig,), {"model_type": "gone", "__module__": "gone"})
+    gone = type("Gone", (transformers.PreTrainedModel,), {"config_class": config, "__module__": "gone"})
     assert remote_code.ModelCode(gone(config())).is_usable is False
