@@ -100,7 +100,7 @@ class DendriteCallback(TrainerCallback):
     """Notes at each step that the network changes, and which layers the training uses.
 
     Args:
-        trainer (`PerforatedTrainer`): Its growth at each step is the one that is told.
+        trainer (`PerforatedTrainer`): Its growth is looked up at each step.
     """
 
     def __init__(self, trainer):

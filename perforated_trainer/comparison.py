@@ -172,7 +172,7 @@ def _predictions(trainer, data, part: str) -> EvalPrediction | None:
         seen.append(prediction)
         return {}
 
-    # No callback is told of it: this is no evaluation of the run.
+    # No callback receives it: this is no evaluation of the run.
     flow = [DefaultFlowCallback()]  # without it the handler warns
     handler = CallbackHandler(flow, trainer.model, trainer.processing_class, trainer.optimizer, trainer.lr_scheduler)
     trainer.compute_metrics, trainer.callback_handler = keep, handler

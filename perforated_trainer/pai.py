@@ -134,7 +134,7 @@ class PAITracker:
             "initial_history_after_switches": -1,
             "pai_forward_function": layers.ACTIVATIONS[args.dendrite_activation],
             "candidate_weight_initialization_multiplier": args.init_scale,
-            "switch_mode": pc.DOING_NO_SWITCH,  # it adds a dendrite when it is told to
+            "switch_mode": pc.DOING_NO_SWITCH,  # it adds a dendrite only with `force_switch`
             "max_dendrite_tries": _NEVER,
             "max_dendrites": _NEVER,
         }

@@ -97,15 +97,6 @@ def scores(log_history: list[dict], score_name: str) -> list[dict]:
     return [row for _, row in sorted(rows.items()) if _is_finite(row.get(score_name))]
 
 
-def mean_loss(log_history: list[dict]) -> float:
-    """The mean training loss of the steps: each entry holds the mean since the entry before."""
-    total, last = 0.0, 0
-    for entry in log_history:
-        if "loss" in entry:
-            total, last = total + entry["loss"] * (entry["step"] - last), entry["step"]
-    return total / max(last, 1)
-
-
 def best(rows: list[dict], name: str, greater_is_better: bool) -> dict:
     """The first row with the best value of `name`."""
     return (max if greater_is_better else min)(rows, key=lambda row: row[name])

@@ -178,7 +178,7 @@ class PerforatedTrainer(ExportingTrainer):
         self._was_free = False
         self.restarts, self.train_seconds, self.stopped_by = [], 0.0, None
         self.decision = Decision.CONTINUE
-        facts = checkpoint.check(start) if start else None
+        facts = checkpoint.check(start, content=False) if start else None  # `find` has read all of it
         if facts:
             self._name_other_settings(facts["settings"], start.name)
             self.train_seconds, self.restarts = facts["train_seconds"], facts["restarts"]

@@ -80,10 +80,6 @@ def test_is_reported_leaves_out_durations_and_an_unused_loss(name, monitored, re
     assert report.is_reported(name, monitored) == reported
 
 
-def test_mean_loss_weighs_entries_by_their_steps():
-    assert report.mean_loss([{"loss": 1.0, "step": 1}, {"eval_loss": 9.0, "step": 1}, {"loss": 3.0, "step": 4}]) == 2.5
-
-
 # ------------------------------------------------------------------------------------------------------- before a run
 
 
