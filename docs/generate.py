@@ -69,7 +69,7 @@ def script_defaults() -> str:
     """What the MNIST script sets."""
     import mnist_huggingface_perforatedai as script
 
-    values = script.DENDRITE_DEFAULTS | script.TRAINING_DEFAULTS | {"lr_scheduler_kwargs": script.PLATEAU_DEFAULTS}
+    values = script.DENDRITE_DEFAULTS | script.TRAINING_DEFAULTS
     return table(["argument", "default of the script"], [[f"`{n}`", f"`{v!r}`"] for n, v in values.items()])
 
 

@@ -35,7 +35,6 @@ from perforated_trainer import (
     DendriteArguments,
     PerforatedError,
     PerforatedTrainer,
-    already_finished,
     main_process,
     parse_arguments,
     perforate,
@@ -45,7 +44,7 @@ from perforated_trainer import (
 # Chosen on validation scores. Any flag of TrainingArguments can be given on the command line.
 DEFAULTS = {
     "save_name": "bertMLM",
-    "num_train_epochs": 1_000_000,  # practically endless: the tracker says when training is complete
+    "num_train_epochs": 1_000_000,  # effectively unlimited: training stops when dendrites stop helping
     "eval_strategy": "steps",
     "eval_steps": 200,
     "logging_steps": 200,
@@ -55,15 +54,14 @@ DEFAULTS = {
     "per_device_eval_batch_size": 128,
     "learning_rate": 5e-3,
     "lr_scheduler_type": "reduce_lr_on_plateau",
+    "lr_scheduler_kwargs": {"factor": 0.3, "patience": 3},  # a patience below n_epochs_to_switch
     "metric_for_best_model": "loss",
     "n_epochs_to_switch": 7,
     "improvement_threshold": [1e-3],
     "max_dendrites": 1,
-    "logging_nan_inf_filter": False,  # a loss that is not finite must be seen
     "report_to": "none",
 }
-PLATEAU_DEFAULTS = {"factor": 0.3, "patience": 3}  # a patience below n_epochs_to_switch
-# A BERT that learns in minutes on a CPU. No dropout: it only slowed so small a model, masked anew in each step.
+# A BERT that learns in minutes on a CPU. No dropout: it only slowed so small a model, with new masks in each step.
 SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 128}
 SMALL |= {"initializer_range": 0.1, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
@@ -234,10 +232,8 @@ def check(*arguments) -> None:
 
 def run(argv=None) -> int:
     kinds = (ModelArguments, DataArguments, DendriteArguments, TrainingArguments)
-    model_args, data_args, dendrite_args, training_args = parse_arguments(kinds, argv, DEFAULTS, PLATEAU_DEFAULTS)
+    model_args, data_args, dendrite_args, training_args = parse_arguments(kinds, argv, DEFAULTS)
     check(model_args, data_args)
-    if already_finished(training_args):
-        return 0
     datasets.disable_progress_bars()
     set_seed(training_args.seed)
     name, texts = read_texts(data_args)
@@ -265,12 +261,10 @@ def run(argv=None) -> int:
         mask=mask,
         processing_class=tokenizer,
     )
-    sizes = {part: len(data) for part, data in parts.items()}
     if main_process():
-        print(f"data: {name}; sequences: {', '.join(f'{size:,} {part}' for part, size in sizes.items())}")
         print(f"network: {type(model).__name__}, {trainer.num_parameters:,} parameters, on {training_args.device}")
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    trainer.save_results({"name": name, **sizes})
+    trainer.save_results({"name": name})
     if training_args.push_to_hub:
         trainer.push_to_hub()  # final/, the model with its card
     return 0

@@ -24,8 +24,6 @@ from perforated_trainer import (
     DendriteArguments,
     PerforatedError,
     PerforatedTrainer,
-    already_finished,
-    main_process,
     parse_arguments,
     run_script,
 )
@@ -103,8 +101,6 @@ def compute_metrics(prediction) -> dict[str, float]:
 def run(argv=None) -> int:
     kinds = (DataArguments, DendriteArguments, TrainingArguments)
     data_args, dendrite_args, training_args = parse_arguments(kinds, argv, DEFAULTS)
-    if already_finished(training_args):
-        return 0
     datasets.disable_progress_bars()
     set_seed(training_args.seed)  # of the new head
     name = data_args.dataset_name
@@ -130,11 +126,8 @@ def run(argv=None) -> int:
         compute_metrics=compute_metrics,
         processing_class=tokenizer,
     )
-    sizes = {part: len(parts[part]) for part in ("train", "validation", "test")}
-    if main_process():
-        print(f"data: {data_args.dataset_name}; {', '.join(f'{size:,} {part}' for part, size in sizes.items())}")
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    trainer.save_results({"name": data_args.dataset_name, **sizes})
+    trainer.save_results({"name": data_args.dataset_name})
     if dendrite_args.freeze_base and not dendrite_args.control_of:
         trainer.save_model(f"{training_args.output_dir}/dendrites", dendrites_only=True)  # some megabytes, to share
     return 0

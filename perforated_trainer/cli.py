@@ -5,7 +5,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -25,12 +25,17 @@ def run_script(run: Callable[[list[str] | None], int], argv: list[str] | None = 
     """Return what `run(argv)` does, without the warnings of libraries.
 
     A PerforatedError becomes one line on standard error and its exit status; another error keeps its traceback.
+    `SystemExit` with status 0 (a run that is finished, `--help`) becomes 0.
     """
     warnings.simplefilter("ignore")
     logging.disable_progress_bar()  # of files being written: the only bar is the one of the training
     gc.freeze()  # the Trainer collects garbage before each cycle: a third of a second in what was imported
     try:
         return run(argv)
+    except SystemExit as ended:
+        if ended.code:
+            raise
+        return 0
     except PerforatedError as error:
         message, status = str(error), error.exit_status
     except KeyboardInterrupt:
@@ -45,19 +50,27 @@ def run_script(run: Callable[[list[str] | None], int], argv: list[str] | None = 
 
 
 def parse_arguments(
-    kinds, argv: list[str] | None = None, training: dict | None = None, plateau: dict | None = None, **defaults
+    kinds: Sequence[type], argv: list[str] | None = None, training: dict | None = None, **defaults
 ) -> tuple:
-    """Parse a command line into the dataclasses `kinds`, the last two DendriteArguments and TrainingArguments.
+    """Parse a command line into dataclasses. If the run to be resumed is finished, print its results and exit.
+
+    The folder of the run is `--output_dir`, else `--save_name`; that of a baseline is `<run>-control`.
 
     Args:
-        kinds: dataclasses; the docstring of the first one's module is the help's first page.
-        argv: the flags; those of the process by default.
-        training, defaults: values where no flag is given.
-        plateau: `lr_scheduler_kwargs` of the schedule reduce_lr_on_plateau, where none are given.
+        kinds (`Sequence[type]`): Dataclasses, the last two `DendriteArguments` and `TrainingArguments`. The docstring
+            of the first one's module is printed by `--help`.
+        argv (`list[str]`, *optional*): The flags; those of the process by default.
+        training (`dict`, *optional*): Default values of TrainingArguments. `lr_scheduler_kwargs` is for the default
+            `lr_scheduler_type` only.
+        defaults: Default values of the other arguments.
 
-    Raises PerforatedError for a flag that is unknown, has no such value or does not go with dendrites, and for a run
-    folder that is not free. `--save_name` gives the folder where `--output_dir` does not; a control's is
-    `<run>-control`.
+    Returns:
+        `tuple`: An instance of each of `kinds`.
+
+    Raises:
+        PerforatedError: For a flag that is unknown, has no such value or does not go with dendrites, and for a run
+            folder that is not free.
+        SystemExit: With status 0, if the run to be resumed was ended by its tracker.
     """
 
     def error(message):
@@ -83,8 +96,9 @@ def parse_arguments(
     values["output_dir"] = values["output_dir"] or values["save_name"] or "PAI"
     if values["testing_dendrite_capacity"] and values["eval_steps"] is parser.get_default("eval_steps"):
         values["eval_steps"] = 10
-    if values["lr_scheduler_type"] == "reduce_lr_on_plateau" and values["lr_scheduler_kwargs"] is None:
-        values["lr_scheduler_kwargs"] = plateau
+    other_schedule = values["lr_scheduler_type"] != parser.get_default("lr_scheduler_type")
+    if other_schedule and values["lr_scheduler_kwargs"] is parser.get_default("lr_scheduler_kwargs"):
+        values["lr_scheduler_kwargs"] = None
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
         values["use_cpu"] = True  # else the Trainer would take the processes for separate runs
     refuse_arguments(values)  # before TrainingArguments finds other words for it
@@ -99,6 +113,8 @@ def parse_arguments(
     if parsed[-1].log_level == "debug":
         warnings.simplefilter("default")
         logging.set_verbosity_debug()
+    if already_finished(parsed[-1]):
+        raise SystemExit(0)
     return parsed
 
 

@@ -150,7 +150,7 @@ class ExportingTrainer(Trainer):
         self.results = {
             "stopped_by": self.stopped_by,
             "testing_dendrite_capacity": self.dendrite_args.testing_dendrite_capacity,
-            "dataset": dataset or {},
+            "dataset": (dataset or {}) | self.dataset_sizes,
             "metric": self.score_name,
             "greater_is_better": self.args.greater_is_better,
             "seed": self.args.seed,

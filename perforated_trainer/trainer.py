@@ -102,7 +102,7 @@ class PerforatedTrainer(ExportingTrainer):
         self.code = self.read_code()  # what is saved with the model, as it is now
         # What comes into an empty folder before the training, such as scores of the model as it was, is of this run.
         self._was_free = not self.run_dir.is_dir() or not any(self.run_dir.iterdir())
-        self.test_metrics, self._last_metrics, self._data, self._test_loader = {}, {}, None, None
+        self.test_metrics, self._last_metrics, self._test_loader = {}, {}, None
         self.decision, self._began, self._unwatched = Decision.CONTINUE, time.monotonic(), set()
         self.stop_signal = StopSignalCallback()
         for callback in (StockProgressCallback, PrinterCallback):
@@ -142,6 +142,12 @@ class PerforatedTrainer(ExportingTrainer):
     def num_parameters(self) -> int:
         """Number of distinct parameters of the model."""
         return self.growth.num_parameters
+
+    @property
+    def dataset_sizes(self) -> dict[str, int]:
+        """Number of examples of "train", "validation" and "test", of those whose length is known."""
+        data = {"train": self.train_dataset, "validation": self.eval_dataset, "test": self.test_dataset}
+        return {part: size for part, dataset in data.items() if (size := _length(dataset)) is not None}
 
     # ------------------------------------------------------------------------------------------------------ training
 
@@ -250,6 +256,8 @@ class PerforatedTrainer(ExportingTrainer):
         args = self.args
         lines = [report.no_dendrite_can_come(self.dendrite_args, args, self.train_dataset, self._callbacks())]
         lines += [schedule.explanation(self.dendrite_args, args), check_direction(args), report.direction(args)]
+        sizes = ", ".join(f"{size:,} {part}" for part, size in self.dataset_sizes.items())
+        lines.append(sizes and f"examples: {sizes}")
         if self.dendrite_args.doing_pai and not self.dendrite_args.control_of:
             lines.append(self.plan_table)
         for line in filter(None, lines):
@@ -307,10 +315,8 @@ class PerforatedTrainer(ExportingTrainer):
         self._prepare_for_training(self._steps_of_schedule, loader, None)
         self._counted = self.num_parameters
         for callback in self._callbacks():
-            if isinstance(
-                callback, EarlyStoppingCallback
-            ):  # each dendrite gets the full patience after its first score
-                callback.early_stopping_patience_counter = -1
+            if isinstance(callback, EarlyStoppingCallback):
+                callback.early_stopping_patience_counter = -1  # the full patience after the first score with a dendrite
         change = f"{before} -> {report.count(self.num_dendrites, 'dendrite')}"
         if self.decision is Decision.RETRY:
             change = f"dendrite {before} did not improve the score; retrying with new weights"
@@ -443,12 +449,8 @@ class PerforatedTrainer(ExportingTrainer):
     def settings(self) -> dict:
         """What a resumed run should share with the run that wrote the checkpoint, as JSON has it."""
         settings = compared_settings(self.dendrite_args, self.args)
-        if self._data is None:  # read once: an example may be made with random numbers
-            self._data = {}
-            for name in ("train_dataset", "eval_dataset", "test_dataset"):
-                if (number := _length(getattr(self, name))) is not None:
-                    self._data[name] = f"{number} examples"
-        return settings | self._data
+        names = {"train": "train_dataset", "validation": "eval_dataset", "test": "test_dataset"}
+        return settings | {names[part]: f"{size} examples" for part, size in self.dataset_sizes.items()}
 
     # --------------------------------------------------------------------------------------------------- evaluations
 

@@ -46,7 +46,7 @@ def folder(finished, tmp_path_factory):
 
 def test_digits():
     """The test part of `kills.FLAGS`: gray values, uint8 (200, 28, 28), and the data set."""
-    return read_embedded()[2][:200], load_data(DataArguments(max_train_samples=500, max_eval_samples=200))[3]
+    return read_embedded()[1][0][:200], load_data(DataArguments(max_train_samples=500, max_eval_samples=200))[3]
 
 
 test_digits.__test__ = False

@@ -127,7 +127,7 @@ def predict(folder):
     test = load_data(DataArguments(max_train_samples=500, max_eval_samples=200))[3]
     model = load_perforated_model(MnistCnnForImageClassification, "run/final")
     with torch.no_grad():
-        torch.save((model(test[:]["pixel_values"]).logits, test.labels, model.num_parameters()), "logits.pt")
+        torch.save((model(test[:]["pixel_values"]).logits, test[:]["labels"], model.num_parameters()), "logits.pt")
 
 
 def loaded_elsewhere(folder):
@@ -278,7 +278,7 @@ def test_idx_files_are_read_and_split(tmp_path):
     assert train.dataset is validation.dataset  # the images are in memory once
     assert sorted([*train.indices, *validation.indices]) == list(range(60))
     data, chosen = train.dataset, [train.indices[3], train.indices[4]]
-    images = read_idx(str(tmp_path))[0].unsqueeze(1)[chosen]  # normalised as torchvision does it
+    images = read_idx(str(tmp_path))[0][0].unsqueeze(1)[chosen]  # normalised as torchvision does it
     expected = v2.functional.normalize(v2.functional.to_dtype(images, torch.float32, scale=True), [0.1307], [0.3081])
     for batch in (train[[3, 4]], train.__getitems__([3, 4])):
         assert torch.equal(batch["pixel_values"], expected) and torch.equal(batch["labels"], data.labels[chosen])
@@ -310,7 +310,7 @@ def test_image_dataset_of_the_hub_is_read(tmp_path):
     write_image_dataset(tmp_path / "own")
     name, train, validation, test = load_data(DataArguments(dataset_name=str(tmp_path / "own")))
     assert name.endswith("own") and (len(train), len(validation), len(test)) == (32, 8, 40)
-    assert train[:]["pixel_values"].shape == (32, 1, 28, 28) and set(test.labels.tolist()) == set(range(10))
+    assert train[:]["pixel_values"].shape == (32, 1, 28, 28) and set(test[:]["labels"].tolist()) == set(range(10))
     write_image_dataset(tmp_path / "large", size=32)
     with pytest.raises(PerforatedError, match="images of 28x28"):
         load_data(DataArguments(dataset_name=str(tmp_path / "large")))
@@ -350,8 +350,8 @@ def test_terminal_shows_a_bar_and_is_never_asked(tmp_path):
         ("--auto_find_batch_size", "--per_device_train_batch_size"),
         ("--fsdp", "torchrun"),
         ("--deepspeed ds.json", "torchrun"),
-        ("--data_dir nowhere", "--data_dir nowhere cannot be read"),
-        ("--dataset_name nobody/nothing", "--dataset_name nobody/nothing cannot be read"),
+        ("--data_dir nowhere", "IDX files in nowhere cannot be read"),
+        ("--dataset_name nobody/nothing", "nobody/nothing cannot be read"),
         ("--resume_from_checkpoint nowhere", "there is no such checkpoint folder"),
         ("--learning_rate fast", "--learning_rate"),
     ],
