@@ -251,7 +251,12 @@ def checkpoint_folders(output_dir: Path) -> list[Path]:
     except OSError as error:
         raise PerforatedError(f"{output_dir} cannot be read: {error.strerror or error}") from None
     folders = [path for path in paths if _CHECKPOINT.fullmatch(path.name) and is_folder(path)]
-    return sorted(folders, key=lambda path: int(path.name.split("-")[1]))
+    return sorted(folders, key=step_in_name)
+
+
+def step_in_name(folder: Path) -> int:
+    """The step in the name `checkpoint-<step>`."""
+    return int(folder.name.split("-")[1])
 
 
 def complete_checkpoints(output_dir: Path) -> list[Path]:
@@ -291,16 +296,22 @@ def find(resume: str | bool, output_dir: Path, say: Callable[[str], None]) -> Pa
 
 
 def rotate(output_dir: Path, limit: int | None) -> None:
-    """Delete complete checkpoints, so that the `limit` ones with the highest steps are left; none without a limit."""
-    if limit is not None and limit > 0:
-        for old in complete_checkpoints(output_dir)[:-limit]:
+    """Delete old checkpoints, so that the `limit` complete ones with the highest steps are left; none without a limit.
+
+    Unfinished ones of earlier steps, which a kill left, are deleted too. Damaged ones and other formats stay.
+    """
+    complete = complete_checkpoints(output_dir)
+    if limit is not None and limit > 0 and complete:
+        newest = step_in_name(complete[-1])
+        unfinished = [f for f in checkpoint_folders(output_dir) if is_file(f / MARK) and not is_file(f / MANIFEST)]
+        for old in complete[:-limit] + [folder for folder in unfinished if step_in_name(folder) < newest]:
             discard(old)
 
 
 def discard_after(output_dir: Path, step: int, say: Callable[[str], None]) -> None:
     """Delete checkpoints of steps after `step`, from which the run is resumed: it is to be found at its new end."""
     for folder in checkpoint_folders(output_dir):
-        if int(folder.name.split("-")[1]) > step and is_written_by_a_run(folder):
+        if step_in_name(folder) > step and is_written_by_a_run(folder):
             say(f"note: {folder} is deleted: the run is resumed from step {step:,}")
             discard(folder)
 

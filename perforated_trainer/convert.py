@@ -235,20 +235,21 @@ def _choose(model: nn.Module, args: DendriteArguments) -> Plan:
         own = list(module.parameters())
         if kind in args.module_names_to_track and name not in asked:
             tracked.add(name)
+        usual = {kind, args.dendrite_rank and layers.kind_of_low_rank(module)} & set(args.module_names_to_perforate)
         frozen = not args.freeze_base and any(not p.requires_grad for p in own)
         reason = None
         if path & tracked:
             reason = "excluded"
         elif name in grown:
             pass
+        elif name not in asked and not usual:
+            reason = "other type of layer"
         elif name in reads:
             reason = f"weights are read by {reads[name]}"
         elif saved is not None and not path & saved:
             reason = f"{type(model).__name__} could not load them"
         elif name not in asked:
-            if not {kind, args.dendrite_rank and layers.kind_of_low_rank(module)} & set(args.module_names_to_perforate):
-                reason = "other type of layer"
-            elif last is not None and not path & last:
+            if last is not None and not path & last:
                 reason = f"not in the last {args.perforate_last_blocks} blocks"
             elif module in outputs:
                 reason = "output embedding"

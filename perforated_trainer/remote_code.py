@@ -2,6 +2,7 @@
 
 import ast
 import builtins
+import contextlib
 import dis
 import inspect
 import json
@@ -180,9 +181,10 @@ class _Source:
                 if len(texts) == 1:
                     raise
                 continue  # a cell that failed
+            lines = text.split("\n")
             for node in [part for whole in ast.parse(text).body for part in _split(whole)]:
                 first = min([node.lineno, *[decorator.lineno for decorator in getattr(node, "decorator_list", [])]])
-                node.text, key = _text(node, text.split("\n")[first - 1 : node.lineno - 1], text), id(node)
+                node.text, key = _text(node, lines[first - 1 : node.end_lineno]), id(node)
                 node.codes = {_plain(code) for code in codes if first <= code.co_firstlineno <= node.end_lineno}
                 if isinstance(node, _DEFINITIONS) and len(texts) > 1:
                     key = node.name  # of a cell that was run again, the last text counts, at the first place
@@ -277,10 +279,13 @@ def _split(node):
     return [ast.fix_missing_locations(ast.copy_location(part, node)) for part in new]
 
 
-def _text(node, decorators, source):
-    """The text of a statement, with its comments if possible."""
-    text = "\n".join([*decorators, ast.get_source_segment(source, node)])
-    return text if ast.dump(ast.parse(text)) == ast.dump(ast.Module([node], [])) else ast.unparse(node)
+def _text(node, lines):
+    """The text of a statement, with its decorators and its comments if possible."""
+    text = "\n".join([*lines[:-1], lines[-1].encode()[: node.end_col_offset].decode()])
+    with contextlib.suppress(SyntaxError):  # one of several statements of a line
+        if ast.dump(ast.parse(text)) == ast.dump(ast.Module([node], [])):
+            return text
+    return ast.unparse(node)
 
 
 def _is_future(node):

@@ -210,7 +210,7 @@ def _num_evaluations(args: TrainingArguments, train_dataset) -> int | None:
 def no_dendrite_can_come(
     dendrite_args: DendriteArguments, args: TrainingArguments, train_dataset, callbacks: Iterable = ()
 ) -> str | None:
-    """A warning if settings end a run before a dendrite can be added.
+    """A warning if settings end a run before a dendrite can be trained.
 
     Args:
         dendrite_args (`DendriteArguments`): The settings of the dendrites.
@@ -225,10 +225,10 @@ def no_dendrite_can_come(
         return None
     fixed, patience, lines = dendrite_args.switch_mode == "fixed", dendrite_args.n_epochs_to_switch, []
     evaluations = _num_evaluations(args, train_dataset)
-    needed = patience + 1 if patience else 1  # the first evaluation of a cycle is its reference
+    needed = patience + 2  # the first one is the reference, and the last one is that of the trained dendrite
     if not fixed and evaluations is not None and evaluations < needed:
         lines.append(
-            f"warning: no dendrite can be added: this run has {count(evaluations, 'evaluation')}, and "
+            f"warning: no dendrite can be trained: this run has {count(evaluations, 'evaluation')}, and "
             f"n_epochs_to_switch={patience} needs {needed}. Train longer, evaluate more often (eval_steps) or lower it"
         )
     stops = [c.early_stopping_patience for c in callbacks if isinstance(c, EarlyStoppingCallback)]

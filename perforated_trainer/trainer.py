@@ -10,13 +10,11 @@ import contextlib
 import inspect
 import math
 import pickle
-import random
 import sys
 import time
 import weakref
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from transformers import EarlyStoppingCallback, PrinterCallback, Seq2SeqTrainer, TrainerState
@@ -44,13 +42,14 @@ from .callbacks import (
     StopSignalCallback,
     say,
 )
-from .export import ExportingTrainer, disk_errors
+from .evaluation import EvaluatingTrainer
+from .export import disk_errors
 from .growth import Growth
 from .pai import refuse_other_variant
 from .policy import Decision
 
 
-class PerforatedTrainer(ExportingTrainer):
+class PerforatedTrainer(EvaluatingTrainer):
     """A Trainer that adds dendrites until they no longer improve the monitored metric.
 
     Args:
@@ -225,6 +224,7 @@ class PerforatedTrainer(ExportingTrainer):
                 raise
             raise PerforatedError(f"{start} holds a file that is not plain data: {error}") from error
         finally:
+            self._unwatched = set()
             for hook in hooks:
                 hook.remove()
 
@@ -328,28 +328,21 @@ class PerforatedTrainer(ExportingTrainer):
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         """As in `Trainer`; the schedule is made for one cycle."""
         self._counted = self.num_parameters
-        return super()._prepare_for_training(self._steps_of_schedule, train_dataloader, resume_from_checkpoint)
+        prepared = super()._prepare_for_training(self._steps_of_schedule, train_dataloader, resume_from_checkpoint)
+        if not self.restarts and not resume_from_checkpoint:
+            self.check_metric()
+        return prepared
 
     def training_step(self, model, *args, **kwargs):
         """As in `Trainer`, with the wrapper of the network as it is now."""
-        model = model if self.args.torch_compile else self.model_wrapped
-        if "training" in self._unwatched:
-            with self._watch("training"):
-                return super().training_step(model, *args, **kwargs)
-        return super().training_step(model, *args, **kwargs)
-
-    @contextlib.contextmanager
-    def _watch(self, mode: str):
-        """The first pass in training and in evaluation shows layers that the model reads without calling them."""
-        self._unwatched.discard(mode)
-        with self.growth.watch_reads():
-            yield
-        self._print_notes()
-
-    def _print_notes(self) -> None:
-        for note in self.growth.notes:
-            say(note)
-        self.growth.notes.clear()
+        with contextlib.ExitStack() as stack:
+            if "training" in self._unwatched:
+                stack.enter_context(self._watch("training"))
+            if model is not self.model_wrapped and not self.args.torch_compile:
+                model = self.model_wrapped
+                if not self.accelerator.sync_gradients:  # the Trainer has done this for the wrapper of before
+                    stack.enter_context(self.accelerator.no_sync(model))
+            return super().training_step(model, *args, **kwargs)
 
     @property
     def _max_steps_of_arguments(self) -> int:
@@ -452,33 +445,25 @@ class PerforatedTrainer(ExportingTrainer):
         names = {"train": "train_dataset", "validation": "eval_dataset", "test": "test_dataset"}
         return settings | {names[part]: f"{size} examples" for part, size in self.dataset_sizes.items()}
 
-    # --------------------------------------------------------------------------------------------------- evaluations
+    def prediction_step(self, *args, **kwargs):
+        """As in `EvaluatingTrainer`."""
+        if "evaluation" not in self._unwatched:
+            return super().prediction_step(*args, **kwargs)
+        with self._watch("evaluation"):
+            return super().prediction_step(*args, **kwargs)
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval", **kwargs):
-        """As `Trainer.evaluate`; while training, the test data is evaluated afterwards, for the report."""
-        metrics = self._last_metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix, **kwargs)
-        if self.is_in_train and eval_dataset is None and self.test_dataset is not None:
-            self._evaluate_test(ignore_keys, **kwargs)
-        return metrics
+    @contextlib.contextmanager
+    def _watch(self, mode: str):
+        """The first pass in training and in evaluation shows layers that the model reads without calling them."""
+        self._unwatched.discard(mode)
+        with self.growth.watch_reads():
+            yield
+        self._print_notes()
 
-    def _evaluate_test(self, ignore_keys, **kwargs) -> None:
-        """Evaluate the test data. Random numbers are those that they would be without it."""
-        states = random.getstate(), np.random.get_state(), torch.random.get_rng_state()  # noqa: NPY002
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_available() else []):
-            output = self.predict(self.test_dataset, ignore_keys, "test", **kwargs)
-        random.setstate(states[0])
-        np.random.set_state(states[1])  # noqa: NPY002
-        torch.random.set_rng_state(states[2])
-        self.test_metrics = output.metrics
-        self.log(dict(output.metrics))
-
-    def get_test_dataloader(self, test_dataset):
-        """As `Trainer.get_test_dataloader`; with persistent workers the loader of the test data is kept."""
-        if test_dataset is not self.test_dataset or not self.args.dataloader_persistent_workers:
-            return super().get_test_dataloader(test_dataset)
-        if self._test_loader is None:
-            self._test_loader = super().get_test_dataloader(test_dataset)
-        return self._test_loader
+    def _print_notes(self) -> None:
+        for note in self.growth.notes:
+            say(note)
+        self.growth.notes.clear()
 
     def _evaluate(self, trial, ignore_keys_for_eval, skip_scheduler=False):
         """As `Trainer._evaluate`, the evaluations while training; then the policy decides."""
@@ -486,39 +471,18 @@ class PerforatedTrainer(ExportingTrainer):
             metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
         except KeyError as error:  # the Trainer's words for a metric that evaluation does not produce
             if "metric_for_best_model" in str(error):
-                self._refuse_metric(self._last_metrics)
+                self.refuse_metric(self._last_metrics)
             raise
         if self.score_name not in metrics:
-            self._refuse_metric(metrics)
+            self.refuse_metric(metrics)
         if not skip_scheduler:  # not on an evaluation before the first step, --eval_on_start
             self._decide(metrics)
             self.progress.show(self.args, self.state, self.growth.policy, self.num_dendrites)
         return metrics
 
-    def _refuse_metric(self, metrics: dict) -> None:
-        raise PerforatedError(report.missing_metric(self.score_name, metrics, self.label_names))
-
     def _determine_best_metric(self, metrics, trial):
         """As in `Trainer`, for callbacks that read `state.best_metric`; an evaluation that is not finite is skipped."""
         return math.isfinite(metrics[self.score_name]) and super()._determine_best_metric(metrics, trial)
-
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None, **kwargs):
-        """As `Trainer.prediction_step`; the loss leaves out what fills up the last batch of several processes.
-
-        accelerate repeats examples there. Their predictions are cut off when they are gathered, but the stock loss is a
-        mean over them too and so depends on the number of processes.
-        """
-        watched = self.is_in_train and "evaluation" in self._unwatched
-        with self._watch("evaluation") if watched else contextlib.nullcontext():
-            output = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys, **kwargs)
-        data = self.accelerator.gradient_state
-        if self.args.world_size > 1 and data.end_of_dataloader and data.remainder > 0 and output[0] is not None:
-            size = len(next(iter(inputs.values())))
-            real = data.remainder - self.args.process_index * size
-            if 0 < real < size:
-                inputs = {name: value[:real] for name, value in inputs.items()}
-                return super().prediction_step(model, inputs, True)[0], *output[1:]
-        return output
 
     # --------------------------------------------------------------------------------------------------- checkpoints
 

@@ -170,15 +170,18 @@ def test_discard_after_deletes_the_abandoned_end_of_a_resumed_run(tmp_path):
     assert checkpoint.find(True, tmp_path, said.append) == tmp_path / "checkpoint-4"
 
 
-def test_rotate_leaves_what_is_not_complete(tmp_path):
+def test_rotate_damaged_or_newer_unfinished_or_foreign_folder_stays(tmp_path):
     for step in (2, 4, 6):
         write(tmp_path, step)
     (tmp_path / "checkpoint-2" / "perforated.json").write_text("{")
-    checkpoint.begin(tmp_path / "checkpoint-1")
+    for unfinished in (1, 8):
+        checkpoint.begin(tmp_path / f"checkpoint-{unfinished}")
     (tmp_path / "checkpoint-3").mkdir()
     (tmp_path / "checkpoint-3" / "model.bin").write_text("of the user")
+    checkpoint.rotate(tmp_path, None)
+    assert steps(tmp_path) == [1, 2, 3, 4, 6, 8]
     checkpoint.rotate(tmp_path, 1)
-    assert steps(tmp_path) == [1, 2, 3, 6]
+    assert steps(tmp_path) == [2, 3, 6, 8]  # what a kill left of step 1 is deleted, step 8 is being written
 
 
 # ------------------------------------------------------------------------------------------------ writing and deleting
@@ -209,7 +212,7 @@ def test_begin_complete_checkpoint_starts_empty(tmp_path):
 
 
 def test_discard_half_deleted_checkpoint_continues(tmp_path, monkeypatch):
-    """It is no longer complete, and its record is still there."""
+    """It is no longer complete, but its record still exists."""
     folder = write(tmp_path, 2)
     (folder / "notes.txt").write_text("of the user")
     remove = os.unlink

@@ -1,4 +1,4 @@
-"""What went wrong once: each of these faults was in a version of the trainer."""
+"""Regression tests: each of these faults was in a version of the trainer."""
 
 import dataclasses
 import errno
@@ -19,7 +19,7 @@ from perforated_trainer import DendriteArguments, PerforatedTrainer, checkpoint,
 from perforated_trainer.arguments import compared_settings
 
 ROOT = Path(__file__).parent.parent
-STILL = {"learning_rate": 1e-9}  # the score stays where it is: a dendrite comes with the third evaluation
+STILL = {"learning_rate": 1e-9}  # the score is constant: the third evaluation adds a dendrite
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +29,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def python(code, *paths, **environment):
-    """Run a program in a process of its own; returns its status, output and errors."""
+    """Run a program in a separate process; returns its status, output and errors."""
     found = os.pathsep.join([*map(str, paths), str(ROOT), str(ROOT / "tests")])
     environment = os.environ | {"PYTHONPATH": found} | environment
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
@@ -41,7 +41,7 @@ def files(folder):
 
 
 class Data(list):
-    """Examples that a user's own code reads, which `at` looks at: it gets the number of examples read so far."""
+    """Examples read by user code, which calls `at` with the number of examples read so far."""
 
     def __init__(self, examples, at):
         super().__init__(examples)
@@ -100,7 +100,7 @@ def test_disk_error_of_user_code_is_raised_unchanged(number):
 
 
 def test_disk_error_of_test_data_is_raised_unchanged():
-    """The trainer looks at the first example of the data to evaluate, when a checkpoint is written."""
+    """The trainer reads the first example of the evaluation data when a checkpoint is written."""
 
     class Once(list):
         def __getitem__(self, index):
@@ -114,7 +114,7 @@ def test_disk_error_of_test_data_is_raised_unchanged():
 
 @pytest.fixture
 def full_disk():
-    """A function `full_disk(size)`: from now on no file can be larger, so writing fails as on a full disk."""
+    """A function `full_disk(size)` that limits the size of files, so that writing fails as on a full disk."""
     before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -123,7 +123,7 @@ def full_disk():
 
 @pytest.mark.parametrize("size", [300_000, 100_000, 1000])
 @pytest.mark.parametrize("resumed", [False, True])
-def test_full_disk_is_one_line_and_the_run_resumes(size, resumed, full_disk, tmp_path, capsys):
+def test_full_disk_raises_one_line_and_the_run_resumes(size, resumed, full_disk, tmp_path, capsys):
     """The optimizer does not fit, then the model does not, then nothing does."""
     flags, first = {"lr_scheduler_type": "constant"}, tmp_path / "run" / "checkpoint-2"
 
@@ -151,7 +151,7 @@ def test_full_disk_is_one_line_and_the_run_resumes(size, resumed, full_disk, tmp
 
 
 def named(first, second):
-    """The settings that are named where a run with the arguments `second` goes on with one that had `first`."""
+    """The settings that are listed if a run with the arguments `first` is resumed with `second`."""
     before, now = (compared_settings(DendriteArguments(), arguments(**changes)) for changes in (first, second))
     return {name for name in before.keys() | now.keys() if before.get(name) != now.get(name)}
 
@@ -196,7 +196,7 @@ def test_too_few_evaluations_are_a_warning_at_the_start_and_at_the_end(length, c
     trainer = trainer_for(args, dendrite_args=DendriteArguments(n_epochs_to_switch=10))
     trainer.train()
     first, last = warnings_of(capsys.readouterr().out)
-    assert "no dendrite can be added: this run has 2 evaluations" in first and "n_epochs_to_switch=10 needs" in first
+    assert "no dendrite can be trained: this run has 2 evaluations" in first and "n_epochs_to_switch=10 needs" in first
     assert "added no dendrite: it had 2 evaluations" in last and "n_epochs_to_switch" in last
 
 
@@ -210,7 +210,7 @@ def test_warning_at_the_start_means_that_no_dendrite_comes(evaluations, dendrite
     )
     trainer.train()
     output = capsys.readouterr().out
-    assert ("no dendrite can be added" in output) == (not dendrites)
+    assert ("no dendrite can be trained" in output) == (not dendrites)
     assert ("0 -> 1 dendrite" in output) == bool(dendrites)
 
 
@@ -222,10 +222,10 @@ def test_run_with_a_dendrite_or_without_doing_pai_has_no_warning(capsys):
     assert not warnings_of(capsys.readouterr().out), "none was asked for"
 
 
-# ----------------------------------------------------------------------------------------------- what is on the screen
+# ------------------------------------------------------------------------------------------------- what is printed
 
 
-def test_perforatedbp_is_refused_before_anything_is_written(tmp_path):
+def test_perforatedbp_raises_before_anything_is_written(tmp_path):
     (tmp_path / "installed" / "perforatedbp").mkdir(parents=True)
     (tmp_path / "installed" / "perforatedbp" / "__init__.py").touch()
     code = """
@@ -253,13 +253,15 @@ trainer.save_model()
     )
     first, rest = output.split("\nDendrites for", 1)
     table, steps = rest.split("\n0 ", 1)  # of what gets dendrites, and what the run then says
-    assert "output_layer_norm" in table and first.endswith("eval_loss: lower is better")
+    assert "output_layer_norm" in table and first.endswith(
+        "eval_loss: lower is better\nexamples: 32 train, 8 validation"
+    )
     for line in steps.splitlines()[1:]:
         assert line.startswith(("step ", "warning: ", "note: ")) or line.split()[0].isdigit(), line
 
 
 def test_new_argument_of_transformers_is_compared():
-    """A new argument of transformers is compared until someone says that it is harmless."""
+    """A new argument of transformers is compared until it is added to the list of harmless ones."""
     names = {field.name for field in dataclasses.fields(arguments())}
     compared = compared_settings(DendriteArguments(), arguments())
     assert {"learning_rate", "optim", "seed", "data_seed", "bf16", "max_grad_norm"} <= compared.keys() & names

@@ -1,4 +1,4 @@
-"""Reports as pure functions: cycles, warnings before and after a run, sentences, the summary."""
+"""Reports: cycles, warnings before and after a run, sentences, the summary."""
 
 import math
 from pathlib import Path
@@ -12,7 +12,7 @@ NAMES = ["f1, macro", "точность", "100%", "{x}", "a_b_c", "$x$", "a|b", 
 
 
 def history(scores_by_dendrites, name="score"):
-    """A log history with an evaluation at each second step."""
+    """A log history with an evaluation every 2 steps."""
     entries, step = [], 0
     for dendrites, scores in scores_by_dendrites:
         for score in scores:
@@ -113,24 +113,25 @@ class NoSize:
 @pytest.mark.parametrize(
     "patience, settings, data, needed",
     [
-        (3, {"max_steps": 6, "eval_steps": 2}, None, 4),
-        (3, {"max_steps": 8, "eval_steps": 2}, None, None),
-        (3, {"max_steps": 7, "eval_steps": 2}, None, None),  # the last step is evaluated, too
-        (3, {"max_steps": 8, "eval_steps": 2, "eval_delay": 3}, None, 4),
-        (0, {"max_steps": 2, "eval_steps": 2}, None, None),
-        (3, {"num_train_epochs": 3, "eval_strategy": "epoch"}, None, 4),
-        (2, {"num_train_epochs": 3, "eval_strategy": "epoch"}, None, None),
-        (3, {"num_train_epochs": 1, "eval_steps": 1, "per_device_train_batch_size": 4}, range(12), 4),
-        (3, {"num_train_epochs": 1, "eval_steps": 1, "per_device_train_batch_size": 4}, range(13), None),
+        (3, {"max_steps": 8, "eval_steps": 2}, None, 5),  # a dendrite comes with the last one, and is not trained
+        (3, {"max_steps": 10, "eval_steps": 2}, None, None),
+        (3, {"max_steps": 9, "eval_steps": 2}, None, None),  # the last step is evaluated, too
+        (3, {"max_steps": 10, "eval_steps": 2, "eval_delay": 3}, None, 5),
+        (0, {"max_steps": 4, "eval_steps": 2}, None, None),
+        (0, {"max_steps": 2, "eval_steps": 2}, None, 2),
+        (3, {"num_train_epochs": 4, "eval_strategy": "epoch"}, None, 5),
+        (2, {"num_train_epochs": 4, "eval_strategy": "epoch"}, None, None),
+        (3, {"num_train_epochs": 1, "eval_steps": 1, "per_device_train_batch_size": 4}, range(16), 5),
+        (3, {"num_train_epochs": 1, "eval_steps": 1, "per_device_train_batch_size": 4}, range(17), None),
         (3, {"num_train_epochs": 1, "eval_steps": 1, "per_device_train_batch_size": 4, "dataloader_drop_last": True},
-         range(15), 4),
-        (3, {"num_train_epochs": 1, "eval_steps": 0.25}, range(80), None),
-        (4, {"num_train_epochs": 1, "eval_steps": 0.25}, range(80), 5),
-        (9, {"max_steps": 20, "eval_strategy": "epoch", "per_device_train_batch_size": 4}, range(8), None),
-        (10, {"max_steps": 20, "eval_strategy": "epoch", "per_device_train_batch_size": 4}, range(8), 11),
+         range(19), 5),
+        (2, {"num_train_epochs": 1, "eval_steps": 0.25}, range(80), None),
+        (3, {"num_train_epochs": 1, "eval_steps": 0.25}, range(80), 5),
+        (8, {"max_steps": 20, "eval_strategy": "epoch", "per_device_train_batch_size": 4}, range(8), None),
+        (9, {"max_steps": 20, "eval_strategy": "epoch", "per_device_train_batch_size": 4}, range(8), 11),
         (3, {"num_train_epochs": 1, "eval_steps": 1}, NoSize(), None),
         (3, {"max_steps": 2, "eval_strategy": "epoch"}, iter([]), None),
-        (3, {"max_steps": 4, "eval_steps": 2, "train_sampling_strategy": "group_by_length"}, NoSize(), 4),
+        (3, {"max_steps": 4, "eval_steps": 2, "train_sampling_strategy": "group_by_length"}, NoSize(), 5),
     ],
 )  # fmt: skip
 def test_no_dendrite_can_come_by_the_number_of_evaluations(patience, settings, data, needed):
@@ -154,7 +155,7 @@ def test_no_dendrite_can_come_is_silent_if_patience_does_not_count(dendrites):
 
 
 @pytest.mark.parametrize("patience, stops, said", [(10, 2, True), (10, 10, True), (10, 11, False), (0, 1, False)])
-def test_early_stopping_on_a_plateau_before_the_first_dendrite_is_said(patience, stops, said):
+def test_early_stopping_on_a_plateau_before_the_first_dendrite_is_a_warning(patience, stops, said):
     settings = DendriteArguments(n_epochs_to_switch=patience)
     line = report.no_dendrite_can_come(
         settings, arguments(max_steps=900, eval_steps=2), None, [EarlyStoppingCallback(stops)]
@@ -163,7 +164,7 @@ def test_early_stopping_on_a_plateau_before_the_first_dendrite_is_said(patience,
 
 
 @pytest.mark.parametrize("stops, said", [(1, True), (4, True), (5, False), (9, False)])
-def test_early_stopping_within_a_fixed_cycle_is_said(stops, said):
+def test_early_stopping_within_a_fixed_cycle_is_a_warning(stops, said):
     args, settings = arguments(max_steps=10, eval_steps=2), DendriteArguments(switch_mode="fixed")
     line = report.no_dendrite_can_come(settings, args, None, [EarlyStoppingCallback(stops)])
     assert ("EarlyStopping" in (line or "")) == said
@@ -235,7 +236,7 @@ def test_improvement_is_compared_with_the_time_before_the_first_dendrite(name, c
     assert "the same run before its" in sentence and "includes the effect of longer training" in sentence
 
 
-def test_improvement_without_a_kept_dendrite_claims_nothing():
+def test_improvement_without_a_kept_dendrite_is_not_reported():
     final = {"dendrites": 0, "parameters": 10, "validation_accuracy": 0.9}
     assert "No dendrite was kept" in report.improvement(results([cycle(0, 0.9), cycle(1, 0.8)], final=final))
     assert report.improvement(results([cycle(0, 0.9)])) == "This run added no dendrite."

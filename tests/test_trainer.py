@@ -1,4 +1,4 @@
-"""`PerforatedTrainer` among callbacks, trackers, data sets and arguments of the Trainer: one training, told once."""
+"""`PerforatedTrainer` with callbacks, trackers, datasets and arguments of the Trainer: all see one training."""
 
 import gc
 import json
@@ -39,11 +39,11 @@ def series(trainer, name):
     return [(entry["step"], entry[name]) for entry in trainer.state.log_history if name in entry]
 
 
-# ---------------------------------------------------------------------------------------------- one training, told once
+# ---------------------------------------------------------------------------------------------- one training
 
 
 class Told(TrainerCallback):
-    """Counts the events of a training, and notes step and epoch at each."""
+    """Counts the events of a training, and records step and epoch at each."""
 
     def __init__(self):
         self.events, self.at = Counter(), []
@@ -60,7 +60,7 @@ for (
 
 
 @pytest.mark.parametrize("changes", [{}, {"gradient_accumulation_steps": 2}, {"per_device_train_batch_size": 3}])
-def test_callbacks_see_the_events_of_one_training(changes):
+def test_callbacks_receive_the_events_of_one_training(changes):
     told, stock = Told(), Told()
     trainer, _ = scripted(TWO_DENDRITES, more={"callbacks": [told]}, **changes)
     trainer.train()
@@ -72,7 +72,7 @@ def test_callbacks_see_the_events_of_one_training(changes):
 
 @pytest.fixture(scope="module")
 def tracked(tmp_path_factory):
-    """A run that TensorBoard and MLflow have followed: its trainer, and the output of `train`."""
+    """A run logged to TensorBoard and MLflow: its trainer, and the output of `train`."""
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("tracked")
         patch.chdir(folder)
@@ -129,7 +129,7 @@ def test_tensorboard_has_one_run_and_whole_series(tracked):
 
 
 class Stop(TrainerCallback):
-    """Asks for a stop once, in a hook at a step."""
+    """Requests a stop once, in a hook at a step."""
 
     def __init__(self, hook, step):
         self.asked = False
@@ -145,8 +145,8 @@ class Stop(TrainerCallback):
 @pytest.mark.parametrize(
     ("step", "mode"), [(2, "history"), (6, "history"), (10, "history"), (5, "fixed"), (10, "fixed")]
 )
-def test_stop_of_a_callback_is_heard(hook, step, mode):
-    """Step 6 and 10 of a plateau, step 5 and 10 of fixed cycles end a cycle."""
+def test_stop_of_a_callback_ends_the_run(hook, step, mode):
+    """In "history" mode, cycles end at steps 6 and 10, in "fixed" mode at steps 5 and 10."""
     stop, more = Stop(hook, step), {}
     if mode == "fixed":
         more = {"max_steps": 5, "eval_steps": 5}
@@ -159,7 +159,7 @@ def test_stop_of_a_callback_is_heard(hook, step, mode):
 
 
 def test_early_stopping_has_its_full_patience_with_each_dendrite():
-    """Three dendrites, each after two evaluations without improvement, are more than its patience in all."""
+    """Three dendrites, each after two evaluations without improvement, exceed its patience in total."""
     early, more = EarlyStoppingCallback(3), {"max_dendrites": 3, "n_epochs_to_switch": 2, "max_dendrite_tries": 3}
     trainer, _ = scripted([0.5, 0.4, 0.4, 0.3, 0.2, 0.2, 0.2, 0.2, 0.2, 0.2, 0.2, 0.2], None, more)
     trainer.add_callback(early)
@@ -167,7 +167,7 @@ def test_early_stopping_has_its_full_patience_with_each_dendrite():
     assert trainer.stopped_by == "tracker" and trainer.restarts == [6, 12, 18]
 
 
-def test_early_stopping_that_comes_first_is_said_at_the_start(capsys):
+def test_early_stopping_that_comes_first_is_a_warning_at_the_start(capsys):
     trainer, _ = scripted([0.5] * 9, None, {"n_epochs_to_switch": 10}, more={"callbacks": [EarlyStoppingCallback(2)]})
     trainer.train()
     output = capsys.readouterr().out
@@ -175,7 +175,7 @@ def test_early_stopping_that_comes_first_is_said_at_the_start(capsys):
     assert trainer.stopped_by == "callback" and trainer.state.global_step == 6
 
 
-def test_early_stopping_is_not_told_of_the_test_data(caplog, capsys):
+def test_early_stopping_does_not_see_the_test_data(caplog, capsys):
     more = {"callbacks": [EarlyStoppingCallback(9)], "test_dataset": EVAL}
     trainer, _ = scripted([0.1, 0.2, 0.3], more=more, max_steps=6)
     trainer.train()
@@ -186,7 +186,7 @@ def test_early_stopping_is_not_told_of_the_test_data(caplog, capsys):
 
 
 def test_test_data_changes_no_loss():
-    """Of a model with dropout, through three restarts."""
+    """With dropout and three restarts."""
     ends = []
     for folder, more in (("without", {}), ("with", {"test_dataset": TRAIN})):
         trainer, _ = scripted(TWO_DENDRITES, more=more, output_dir=folder, logging_steps=1)
@@ -196,7 +196,7 @@ def test_test_data_changes_no_loss():
 
 
 def test_evaluation_before_the_first_step_is_no_result(capsys):
-    """Its score, 0.9, is that of no training step."""
+    """Its score, 0.9, belongs to no training step."""
     trainer, script = scripted([0.9, 0.1, 0.2, 0.2, 0.3, 0.3], None, {"max_dendrites": 1}, eval_on_start=True)
     trainer.train()
     assert [cycle["global_step"] for cycle in trainer.cycles()] == [4, 8]
@@ -204,7 +204,7 @@ def test_evaluation_before_the_first_step_is_no_result(capsys):
     assert trainer.save_results({})["cycles"][0]["best_validation"] == 0.2
 
 
-def test_load_best_model_at_end_is_what_happens():
+def test_load_best_model_at_end_is_accepted():
     changes = {"load_best_model_at_end": True, "save_strategy": "steps"}
     trainer, script = scripted([0.1, 0.3, 0.2], None, {"max_dendrites": 0}, **changes)
     trainer.train()
@@ -212,7 +212,7 @@ def test_load_best_model_at_end_is_what_happens():
 
 
 class Sums:
-    """Metrics of sums over batches, `batch_eval_metrics`."""
+    """Metrics that are summed over batches, `batch_eval_metrics`."""
 
     def __init__(self):
         self.right = self.seen = 0
@@ -238,7 +238,7 @@ def test_metrics_of_sums_over_batches(metric):
 
 
 class Keyed(Dataset):
-    """Examples by name."""
+    """Examples with names instead of indices."""
 
     def __init__(self, examples):
         self.examples = {f"example {number}": example for number, example in enumerate(examples)}
@@ -283,7 +283,7 @@ def test_persistent_workers_do_not_give_the_test_data_the_loader_of_the_validati
         max_steps=4,
     )
     model = build(DISTILBERT)
-    model.classifier.bias.data[0] = 100.0  # answers 0, whatever it sees
+    model.classifier.bias.data[0] = 100.0  # always predicts 0
     validation, test = ([row | {"labels": label} for row in EVAL] for label in (1, 0))
     trainer = trainer_for(
         args, model=model, eval_dataset=validation, test_dataset=test, compute_metrics=compute_metrics
@@ -297,7 +297,7 @@ def test_persistent_workers_do_not_give_the_test_data_the_loader_of_the_validati
 
 
 @pytest.mark.parametrize("name", ["wer", "cer", "ter", "mse", "rmse", "mae", "mape", "perplexity", "ppl", "ce", "nll"])
-def test_error_that_would_be_maximized_is_refused(name):
+def test_error_that_would_be_maximized_raises(name):
     for metric in (name, f"eval_{name}", name.upper()):
         with pytest.raises(PerforatedError, match="greater_is_better"):
             check_direction(arguments(metric_for_best_model=metric))
@@ -329,11 +329,40 @@ def test_direction_is_printed_at_the_start(greater, word, capsys):
         ("loss", {"eval_dataset": [{"input_ids": row["input_ids"]} for row in EVAL]}, ["label_names", "labels"]),
     ],
 )
-def test_score_that_the_evaluation_does_not_return_is_one_line_with_those_it_does(metric, changes, words):
+def test_metric_that_the_evaluation_does_not_return_raises_with_the_returned_ones(metric, changes, words):
     trainer = trainer_for(arguments(metric_for_best_model=metric), **changes)
     with pytest.raises(PerforatedError) as caught:
         trainer.train()
     assert all(word in str(caught.value) for word in words), caught.value
+    assert trainer.state.global_step == (2 if metric == "loss" else 0)  # of a loss, the first evaluation tells
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_metric_is_looked_for_in_an_evaluation_only_if_no_code_names_it(known, capsys):
+    calls = []
+
+    name = "same"
+
+    def named(prediction):
+        calls.append(len(prediction.predictions))
+        return {"same": 0.5}
+
+    def unnamed(prediction):
+        calls.append(len(prediction.predictions))
+        return {name: 0.5}
+
+    class Quiet(TrainerCallback):
+        def on_prediction_step(self, args, state, control, **kwargs):
+            assert state.global_step > 0, "an evaluation before the first step"
+
+    args = arguments(metric_for_best_model="same", max_steps=2, eval_steps=2)
+    trainer = trainer_for(args, compute_metrics=named if known else unnamed, callbacks=[Quiet()])
+    trainer.train()
+    assert calls == [8] * (1 if known else 2)
+    assert sum("eval_same" in entry for entry in trainer.state.log_history) == 1
+    other = trainer_for(arguments(output_dir="other", max_steps=2, eval_steps=2))
+    other.train()
+    assert losses(other) == losses(trainer)  # random numbers are the same
 
 
 def test_metric_of_one_of_several_data_sets():
@@ -352,20 +381,20 @@ def test_metric_of_one_of_several_data_sets():
      ("num_initial_dendrites", 9), ("switch_mode", "often"), ("dendrite_activation", "square"),
      ("n_epochs_to_switch", "3"), ("max_dendrites", True)],
 )  # fmt: skip
-def test_number_that_makes_no_sense_is_one_line(name, value):
+def test_invalid_number_raises_one_line(name, value):
     with pytest.raises(PerforatedError, match=name) as caught:
         perforate(build(DISTILBERT), DendriteArguments(**{name: value}), arguments())
     assert "\n" not in str(caught.value)
 
 
-def test_single_number_is_as_good_as_a_list():
+def test_single_number_equals_a_list_of_one():
     trainer = trainer_for(arguments(max_steps=2), dendrite_args=DendriteArguments(improvement_threshold=0.001))
     trainer.train()
     assert trainer.dendrite_args.improvement_threshold == [0.001]
 
 
 @pytest.mark.parametrize("given", ["optimizer", "scheduler"])
-def test_optimizer_of_the_network_as_it_is_now_is_refused(given):
+def test_optimizer_of_the_network_as_it_is_now_raises(given):
     model = build(DISTILBERT)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     pair = (optimizer, None)
@@ -381,14 +410,14 @@ def test_optimizer_class_is_used_for_each_dendrite():
     assert isinstance(trainer.optimizer.optimizer, torch.optim.SGD) and trainer.num_dendrites == 2
 
 
-def test_model_init_and_search_are_refused_with_the_way_that_works():
+def test_model_init_and_search_raise_with_an_alternative():
     with pytest.raises(PerforatedError, match=r"model_init: pass the model.*optuna_sweep"):
         PerforatedTrainer(model_init=lambda: build(DISTILBERT), args=arguments(), eval_dataset=EVAL)
     with pytest.raises(PerforatedError, match="optuna_sweep"):
         trainer_for().hyperparameter_search()
 
 
-def test_results_before_a_training_are_one_line():
+def test_results_before_a_training_raise_one_line():
     trainer = trainer_for()
     with pytest.raises(PerforatedError, match="call train"):
         trainer.save_results({"name": "texts"})
@@ -399,7 +428,7 @@ def test_results_need_no_test_data_and_no_package_of_the_script(monkeypatch, cap
     trainer = trainer_for(arguments(max_steps=4, metric_for_best_model="accuracy"), compute_metrics=compute_metrics)
     trainer.train()
     for package in ("torchvision", "datasets"):
-        monkeypatch.setitem(sys.modules, package, None)  # as if it was not installed
+        monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
     results = trainer.save_results()
     assert json.loads(Path("run/results.json").read_text()) == results
     assert set(results["final"]) == {"dendrites", "parameters", "validation_accuracy"}
@@ -473,7 +502,7 @@ def test_second_name_of_the_body_is_trained_and_saved_once():
     assert torch.equal(reloaded(images[:4], labels).logits, model.eval()(images[:4], labels).logits)
 
 
-def test_base_model_that_is_a_property_is_left_alone():
+def test_base_model_that_is_a_property_is_unchanged():
     model = perforate(build(DISTILBERT), DendriteArguments(), arguments())
     assert model.base_model is model.distilbert
 
@@ -487,14 +516,14 @@ def test_steps_of_the_fork_are_off():
             super().__init__(*args, **kwargs)
 
     class OnFork(PerforatedTrainer, Fork):
-        """PerforatedTrainer if the next class is the fork's Trainer."""
+        """PerforatedTrainer based on the Trainer of the fork."""
 
     trainer_for(arguments(max_steps=2), OnFork).train()
     assert seen == [False]
 
 
 def test_run_without_a_dendrite_is_a_run_of_the_stock_trainer():
-    """Losses, evaluations and weights to the bit; the run is too short for a dendrite."""
+    """Losses, evaluations and weights are bitwise equal; the run is too short for a dendrite."""
     ours = trainer_for(arguments(logging_steps=1), dendrite_args=DendriteArguments())
     ours.train()
     set_seed(0)
@@ -508,7 +537,7 @@ def test_run_without_a_dendrite_is_a_run_of_the_stock_trainer():
 
 
 def test_trainer_and_model_are_freed_without_the_garbage_collector():
-    """In a cycle of references, a GPU's memory and the processes of a data loader would stay until it runs."""
+    """With a reference cycle, GPU memory and data loader processes would stay until the collector runs."""
     for mode in ("history", "fixed"):
         settings = DendriteArguments(n_epochs_to_switch=1, max_dendrites=1, switch_mode=mode)
         trainer = trainer_for(arguments(output_dir=mode), dendrite_args=settings, plots=True)
