@@ -104,6 +104,11 @@ def plan_dendrites(model: nn.Module, dendrite_args: DendriteArguments, training_
     for name in ("activation_checkpointing", "gradient_checkpointing"):  # the new name came with transformers 5.21
         if getattr(training_args, name, False) and not getattr(model, "supports_gradient_checkpointing", True):
             raise PerforatedError(f"--{name}: {type(model).__name__} does not support it")
+    if training_args.neftune_noise_alpha is not None:
+        try:
+            model.get_input_embeddings()
+        except (AttributeError, NotImplementedError):
+            raise PerforatedError(f"--neftune_noise_alpha: {type(model).__name__} has no input embeddings") from None
     if args.dendrite_activation not in layers.ACTIVATIONS:
         known = ", ".join(layers.ACTIVATIONS)
         raise PerforatedError(f"--dendrite_activation {args.dendrite_activation}: use one of {known}")
@@ -235,19 +240,20 @@ def _choose(model: nn.Module, args: DendriteArguments) -> Plan:
         own = list(module.parameters())
         if kind in args.module_names_to_track and name not in asked:
             tracked.add(name)
-        usual = {kind, args.dendrite_rank and layers.kind_of_low_rank(module)} & set(args.module_names_to_perforate)
+        kinds = {kind, args.dendrite_rank and layers.kind_of_low_rank(module)}
+        other = name not in asked and not kinds & set(args.module_names_to_perforate)
         frozen = not args.freeze_base and any(not p.requires_grad for p in own)
         reason = None
         if path & tracked:
             reason = "excluded"
         elif name in grown:
             pass
-        elif name not in asked and not usual:
-            reason = "other type of layer"
-        elif name in reads:
+        elif name in reads and not (other and layers.kind_of_low_rank(module) is None):
             reason = f"weights are read by {reads[name]}"
         elif saved is not None and not path & saved:
             reason = f"{type(model).__name__} could not load them"
+        elif other:
+            reason = "other type of layer"
         elif name not in asked:
             if last is not None and not path & last:
                 reason = f"not in the last {args.perforate_last_blocks} blocks"

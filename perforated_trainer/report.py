@@ -97,6 +97,15 @@ def scores(log_history: list[dict], score_name: str) -> list[dict]:
     return [row for _, row in sorted(rows.items()) if _is_finite(row.get(score_name))]
 
 
+def train_loss(log_history: list[dict]) -> float:
+    """The mean training loss over all steps that were logged, from a log history; 0 if none was."""
+    total, before = 0.0, 0
+    for entry in log_history:
+        if "loss" in entry:
+            total, before = total + entry["loss"] * (entry["step"] - before), entry["step"]
+    return total / max(before, 1)
+
+
 def best(rows: list[dict], name: str, greater_is_better: bool) -> dict:
     """The first row with the best value of `name`."""
     return (max if greater_is_better else min)(rows, key=lambda row: row[name])

@@ -196,7 +196,9 @@ class PerforatedTrainer(EvaluatingTrainer):
             self.growth.restore_best()
             if facts["complete"]:
                 self.decision = Decision.COMPLETE
-            output = TrainOutput(self.state.global_step, 0.0, {})
+            loss = report.train_loss(self.state.log_history)
+            metrics = {"train_runtime": self.train_seconds, "train_loss": loss}
+            output = TrainOutput(self.state.global_step, loss, metrics)
         else:
             if facts:
                 self._together(lambda: checkpoint.discard_after(self.run_dir, facts["step"], say), main_only=True)

@@ -1,4 +1,4 @@
-"""The trainer on models of transformers and other libraries: the network that trains is the one that was given."""
+"""The trainer on models of transformers and other libraries: it trains the network that was passed to it."""
 
 import copy
 import importlib.util
@@ -35,7 +35,7 @@ TWO = [0.1, 0.1, 0.2, 0.2, 0.3, 0.3]
 
 @pytest.fixture(scope="module")
 def process():
-    """A process that has trained nothing and reloads what it is asked for."""
+    """A separate process that loads saved models."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     command = [sys.executable, str(ROOT / "tests/reload.py")]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
@@ -51,7 +51,7 @@ def folder(tmp_path, monkeypatch):
 
 
 class TrainedOnce(TrainerCallback):
-    """At each step the optimizer has each parameter that can be trained, has it once, and there are gradients."""
+    """Checks at each step that the optimizer has each trainable parameter once, and that there are gradients."""
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         assert any(parameter.grad is not None for parameter in model.parameters())
@@ -93,7 +93,7 @@ def logits(model, batch):
 
 
 def check_reloaded(name, trainer, process, tied):
-    """Save, reload in a process of its own, compare: logits to the bit, ties, number and size of parameters."""
+    """Save, load in a separate process, compare: bitwise equal logits, ties, number and size of parameters."""
     trainer.save_model("final")
     batch = batch_for(trainer, name)
     torch.save(batch, "batch.pt")
@@ -114,7 +114,7 @@ def check_reloaded(name, trainer, process, tied):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_family_trains_reloads_and_resumes_to_the_same_bits(name, process):
+def test_family_trains_reloads_and_resumes_bitwise_equal(name, process):
     model = models.build(name)
     tied, names, kind = models.tied(model), {n for n, _ in model.named_parameters()}, type(model).__name__
     assert bool(tied) == (name in {"BertForMaskedLM", "RobertaForMaskedLM", "GPT2LMHeadModel"} or "T5" in name)
@@ -133,7 +133,7 @@ def test_family_trains_reloads_and_resumes_to_the_same_bits(name, process):
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     assert (frozen > 0) == ("Lora" in name) and used == trainer.num_parameters - frozen
 
-    # From the middle of the second cycle, another initialization: the same weights in the end.
+    # Resumed from the middle of the second cycle with another initialization: the same final weights.
     torch.manual_seed(1)
     resumed = trained(name, models.build(name), resume="run/checkpoint-3", scores=TWO[3:])
     assert models.tied(resumed.model) == tied and resumed.num_dendrites == 2
@@ -142,7 +142,7 @@ def test_family_trains_reloads_and_resumes_to_the_same_bits(name, process):
 
 
 @pytest.mark.parametrize("name", [DISTILBERT, GPT2, RESNET])
-def test_low_rank_trains_reloads_and_resumes_to_the_same_bits(name, process):
+def test_low_rank_trains_reloads_and_resumes_bitwise_equal(name, process):
     low = {"dendrites": {"dendrite_rank": 2}}
     trainer = trained(name, **low)
     found = layers_with_dendrites(trainer.model).values()
@@ -159,7 +159,7 @@ def test_loaded_model_is_trained_on_and_max_dendrites_counts_all(name):
     loaded = models.model_class(name).from_pretrained("first")
     assert loaded.num_parameters() > models.build(name).num_parameters()
 
-    # By the stock Trainer, as it is.
+    # With the stock Trainer, without changes.
     args = TrainingArguments("stock", max_steps=2, use_cpu=True, report_to="none", save_strategy="no")
     stock = Trainer(model=models.model_class(name).from_pretrained("first"), args=args, train_dataset=models.rows(name))
     before = {key: value.clone() for key, value in stock.model.state_dict().items() if "dendrite" in key}
@@ -169,7 +169,7 @@ def test_loaded_model_is_trained_on_and_max_dendrites_counts_all(name):
     again = models.model_class(name).from_pretrained("second")
     assert all(torch.equal(value, again.state_dict()[key]) for key, value in stock.model.state_dict().items())
 
-    # By PerforatedTrainer, which adds one more; stopped and resumed, the same bits.
+    # With PerforatedTrainer, which adds one more; stopped and resumed, the result is bitwise equal.
     weights = []
     for run, resume, changes in (("more", None, {}), ("halves", None, {"max_steps": 3}), ("halves", True, {})):
         model = models.model_class(name).from_pretrained("first")
@@ -184,19 +184,19 @@ def test_loaded_model_is_trained_on_and_max_dendrites_counts_all(name):
     assert weights[0].keys() == weights[2].keys()
     assert all(torch.equal(value, weights[2][key]) for key, value in weights[0].items())
 
-    # With as many as there may be, it is trained and gets none.
+    # With the maximum number of dendrites, it is trained and gets no more.
     model = models.model_class(name).from_pretrained("first")
     trainer = trained(name, model, dendrites={"max_dendrites": 2}, output_dir="none")
     assert trainer.num_dendrites == 2 and trainer.restarts == []
 
 
 @pytest.mark.parametrize("name", [BERT, GPT2])
-def test_tied_layer_that_is_asked_for_gets_dendrites_and_stays_tied(name, process):
+def test_tied_layer_that_is_named_gets_dendrites_and_stays_tied(name, process):
     layer = "cls.predictions.decoder" if "Bert" in name else "lm_head"
     tied = models.tied(models.build(name))
     settings = {"module_ids_to_perforate": [layer], "module_names_to_perforate": []}
     trainer = trained(name, dendrites=settings)
-    assert trainer.num_parameters > 2 * models.HIDDEN * models.WORDS  # its dendrites have weights of their own
+    assert trainer.num_parameters > 2 * models.HIDDEN * models.WORDS  # its dendrites have separate weights
     assert models.tied(trainer.model) == tied
     check_reloaded(name, trainer, process, tied)
 
@@ -205,7 +205,7 @@ def test_tied_layer_that_is_asked_for_gets_dendrites_and_stays_tied(name, proces
 
 
 class Normed(transformers.DistilBertForSequenceClassification):
-    """With norms of weights in the old and the new form, pruned weights, and a frozen layer."""
+    """A model with the old and the new weight norm, pruned weights, and a frozen layer."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -218,7 +218,7 @@ class Normed(transformers.DistilBertForSequenceClassification):
 
 
 class ByName(PerforatedTrainer):
-    """The optimizer has groups by name, as many scripts have."""
+    """A trainer whose optimizer has groups by name, as in many scripts."""
 
     def create_optimizer(self, model=None):
         head, body = [], []
@@ -231,7 +231,7 @@ class ByName(PerforatedTrainer):
 
 
 class Watch(TrainerCallback):
-    """What a user's callback sees and does: names, classes, calls of hooks; the model saved and copied."""
+    """A callback that records names, classes and calls of hooks, and saves and copies the model."""
 
     def __init__(self, model):
         self.model, self.calls, self.seen, self.copies = model, [], [], []
@@ -336,11 +336,11 @@ def test_model_saved_and_copied_in_a_callback_is_the_model_there(watched):
     assert torch.equal(logits(loaded, watched.batch), logits(watched.model, watched.batch))
 
 
-def test_resumed_training_of_normed_and_pruned_layers_gives_the_same_bits(watched):
+def test_resumed_training_of_normed_and_pruned_layers_is_bitwise_equal(watched):
     transformers.set_seed(7)
     model = Normed(Normed.config_class(**models.CONFIGS[DISTILBERT]))
     same = {"cls": ByName, "save_steps": 1, "warmup_steps": 0, "output_dir": str(watched.folder / "run")}
-    # With its hooks: a backward hook changes the order in which gradients are added.
+    # With the same hooks, because a backward hook changes the order in which gradients are added.
     trainer = trainer_for(DISTILBERT, model, callbacks=[Watch(model)], scores=TWO[3:], **same)
     trainer.train(resume_from_checkpoint=str(watched.folder / "run/checkpoint-3"))
     expected = watched.model.state_dict()
@@ -401,7 +401,7 @@ def test_pruning_and_freezing_between_two_trainings_hold_in_the_second():
     assert torch.equal(model.distilbert.transformer.layer[0].ffn.lin1.dendrite_weight, frozen)
 
 
-# ----------------------------------------------------------------------------------------------- models of a user's own
+# ----------------------------------------------------------------------------------------------- custom models
 
 
 class OwnConfig(transformers.PreTrainedConfig):
@@ -409,7 +409,7 @@ class OwnConfig(transformers.PreTrainedConfig):
 
 
 class Own(transformers.PreTrainedModel):
-    """Embedding, a body that a test chooses, and a head."""
+    """An embedding, a body that a test passes, and a head."""
 
     config_class, body_of = OwnConfig, staticmethod(lambda: nn.Linear(16, 16))
 
@@ -438,7 +438,7 @@ def own(body, kind=Own):
 
 
 def check_saved(trainer, **batch):
-    """The model that is saved, and the last checkpoint, load to the same bits."""
+    """Check that the saved model and the last checkpoint load bitwise equal."""
     batch = batch or {"input_ids": batch_for(trainer, DISTILBERT)["input_ids"]}
     trainer.save_model("saved")
     loaded = type(trainer.model).from_pretrained("saved")
@@ -493,7 +493,7 @@ def test_dendrites_of_each_layer_have_its_dtype():
     assert all(map(torch.equal, resumed.parameters(), model.parameters()))
 
 
-def test_model_in_bfloat16_trains_and_reloads_to_the_same_bits():
+def test_model_in_bfloat16_trains_and_reloads_bitwise_equal():
     name = "RobertaForMaskedLM"
     trainer = trained(name, models.build(name).to(torch.bfloat16))
     assert trainer.num_dendrites == 2
@@ -526,7 +526,7 @@ def test_transformer_encoder_is_evaluated_and_loaded_with_its_dendrites(nested, 
 
 
 class OwnHead(BertPreTrainedModel):
-    """As many people build a classifier: with a pooler in the body that is not used."""
+    """A usual classifier, with an unused pooler in the body."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -559,7 +559,7 @@ def test_layers_with_two_names_get_no_dendrites_and_stay_shared():
     assert loaded.body is loaded.bert and loaded.head.num_dendrites == 2
 
 
-def test_plain_module_trains_resumes_and_loads_to_the_same_bits():
+def test_plain_module_trains_resumes_and_loads_bitwise_equal():
     class Plain(nn.Module):
         def __init__(self):
             super().__init__()
@@ -585,7 +585,7 @@ def test_plain_module_trains_resumes_and_loads_to_the_same_bits():
     assert more.num_dendrites == 3
 
 
-def test_model_of_timm_trains_resumes_and_loads_to_the_same_bits():
+def test_model_of_timm_trains_resumes_and_loads_bitwise_equal():
     pytest.importorskip("timm")
     config = transformers.TimmWrapperConfig(architecture="test_resnet", num_labels=10)
     build = transformers.TimmWrapperForImageClassification
@@ -652,9 +652,11 @@ class Reading(nn.Module):
         super().__init__()
         self.read, self.called = nn.Linear(16, 16), nn.Linear(16, 16)
         self.rows = nn.ModuleList([nn.Linear(16, 16), nn.Linear(16, 16)])
+        self.positions = nn.Embedding(4, 16)  # could get no dendrites in any case
 
     def forward(self, x):
         device = self.called.weight.device  # says nothing of the values
+        x = x + self.positions.weight[0]
         x = nn.functional.linear(x.to(device), self.read.weight, self.read.bias)
         return self.called(x) + self.rows[1](x) @ self.rows[0].weight
 
@@ -693,17 +695,18 @@ READS = {
 
 
 @pytest.mark.parametrize("build", READS, ids=lambda build: build.__name__)
-def test_layers_whose_weights_are_read_get_no_dendrites_and_the_table_says_so(build):
+def test_layers_whose_weights_are_read_get_no_dendrites_and_a_row_with_the_reason(build):
     plan, text = plan_of(build())
     reasons = {name: reason for reason, names in plan.excluded.items() for name in names}
     for end in READS[build]:
         found = [name for name in reasons if name.endswith(f".{end}")]
         assert found and all("weights are read by" in reasons[name] for name in found), end
         assert not [name for name in plan.names if name.endswith(f".{end}")]
+    assert all(reason == "other type of layer" for name, reason in reasons.items() if name.endswith("positions"))
     expected = {reason for reason in plan.excluded if reason.startswith("weights are read")}
     assert all(f"No dendrites ({reason})" in text for reason in expected) and bool(expected) == bool(READS[build])
     assert plan.names and (build is not encoder_layer or {"body.linear1", "body.linear2"} <= set(plan.names))
-    if read := [name for name in reasons if "read by" in reasons[name]]:  # asking for it does not help
+    if read := [name for name in reasons if "read by" in reasons[name]]:  # naming it does not help
         asked = plan_of(build(), module_ids_to_perforate=read[:1])[0]
         assert read[0] not in asked.names
 
@@ -729,7 +732,7 @@ def test_module_with_several_outputs_is_named_with_what_to_set():
         trainer.train()
 
 
-# --------------------------------------------------------------------------------- a refusal leaves the model as it was
+# --------------------------------------------------------------------------------- an error leaves the model unchanged
 
 REFUSED = {
     "typo in module_ids_to_track": {"module_ids_to_track": ["typo"]},
@@ -776,7 +779,7 @@ def equal(one, other):
 
 @pytest.fixture(scope="module")
 def refused_models(tmp_path_factory):
-    """A stock model, one that was loaded with dendrites, and one with a registered second name of its body."""
+    """A stock model, one that was loaded with dendrites, and one with a second registered name of its body."""
     model = models.build(DISTILBERT)
     model.config.problem_type = "single_label_classification"
     for layer in [m for m in model.modules() if layers.can_fuse(m)]:
@@ -789,7 +792,7 @@ def refused_models(tmp_path_factory):
 
 
 @pytest.mark.parametrize("why", [*REFUSED, *REFUSED_ARGUMENTS])
-def test_perforate_that_refuses_leaves_the_model_as_it_was(why, refused_models):
+def test_perforate_that_raises_leaves_the_model_unchanged(why, refused_models):
     training, settings, count = REFUSED_ARGUMENTS.get(why, {}), REFUSED.get(why, {}), 0
     for model in refused_models:
         before = snapshot(model)
@@ -803,7 +806,7 @@ def test_perforate_that_refuses_leaves_the_model_as_it_was(why, refused_models):
     assert count
 
 
-def test_trainer_that_refuses_leaves_the_model_as_it_was(refused_models):
+def test_trainer_that_raises_leaves_the_model_unchanged(refused_models):
     model = refused_models[1]
     before, batch = snapshot(model), {"input_ids": torch.arange(2, 18)[None]}
     expected = logits(model, batch)
@@ -822,7 +825,7 @@ def test_trainer_that_refuses_leaves_the_model_as_it_was(refused_models):
 
 
 @peft
-def test_model_that_saves_adapters_alone_is_refused():
+def test_model_that_saves_adapters_alone_raises():
     import peft
 
     model = models.build(DISTILBERT)
@@ -832,6 +835,6 @@ def test_model_that_saves_adapters_alone_is_refused():
             perforate_model(adapted, DendriteArguments(), arguments())
 
 
-def test_something_that_is_no_module_is_refused():
+def test_something_that_is_no_module_raises():
     with pytest.raises(PerforatedError, match=r"not a str"):
         perforate_model("bert-base-uncased", DendriteArguments(), arguments())

@@ -105,6 +105,19 @@ def test_missing_metric_names_what_there_is_and_labels_if_they_are_missing(score
     assert all(part in line for part in expected) and absent not in line and "\n" not in line
 
 
+@pytest.mark.parametrize(
+    "entries, expected",
+    [
+        ([], 0.0),
+        ([(2, 1.0), (6, 4.0)], 3.0),  # of two steps and of four
+        ([(2, 1.0), (2, None), (4, 3.0)], 2.0),
+    ],
+)
+def test_train_loss_is_the_mean_over_steps(entries, expected):
+    log = [{"step": step, "eval_loss": 9.0} | ({} if loss is None else {"loss": loss}) for step, loss in entries]
+    assert report.train_loss(log) == expected
+
+
 class NoSize:
     def __len__(self):
         raise TypeError("a stream")

@@ -1,4 +1,4 @@
-"""A run survives kills, signals, full disks and damaged checkpoints, and ends as if nothing had happened."""
+"""Resuming after kills, signals, full disks and damaged checkpoints gives the result of an uninterrupted run."""
 
 import builtins
 import errno
@@ -42,7 +42,7 @@ RESUME = ["--resume_from_checkpoint", "true"]
 
 @pytest.fixture
 def begun(finished, tmp_path):
-    """A copy of the finished run, cut back to what a kill after its fourth checkpoint leaves."""
+    """A copy of the finished run, in the state of a kill after its fourth checkpoint."""
     shutil.copytree(finished / "run", tmp_path / "run")
     for path in sorted_checkpoints(tmp_path)[4:]:
         shutil.rmtree(path)
@@ -56,7 +56,7 @@ def sorted_checkpoints(folder):
 
 
 def sign(folder, name):
-    """Make the manifest agree with a file that was changed."""
+    """Update the manifest for a file that was changed."""
     manifest = json.loads((folder / "perforated.json").read_text())
     manifest["files"][name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
     (folder / "perforated.json").write_text(json.dumps(manifest))
@@ -65,7 +65,7 @@ def sign(folder, name):
 # --------------------------------------------------------------------------------------------------- kills and signals
 
 
-def test_run_killed_at_random_times_resumes_to_the_same_bits(finished, tmp_path):
+def test_run_killed_at_random_times_resumes_bitwise_equal(finished, tmp_path):
     kills.kill_and_resume(tmp_path, [1.5, 2.5, 1.0])
     assert kills.outcome(tmp_path) == kills.outcome(finished)
 
@@ -94,7 +94,7 @@ def test_second_ctrl_c_ends_at_once():
     assert signal.getsignal(signal.SIGINT) is before
 
 
-# Runs in this process, with scores of a list: the state that matters is between two evaluations.
+# Runs in this process with scores of a list: what is tested is the state between two evaluations.
 SHAPES = {
     "between evaluations": ({"save_steps": 3}, {}, 5),
     "in the middle of an epoch": ({"eval_strategy": "epoch", "save_strategy": "epoch"}, {}, 14),
@@ -134,7 +134,7 @@ STOPPED = ["between evaluations", "in the middle of an epoch", "fixed cycles"]
 
 
 @pytest.mark.parametrize(("shape", "how"), [*((s, "killed") for s in SHAPES), *((s, "stopped") for s in STOPPED)])
-def test_run_that_ends_anywhere_resumes_to_the_same_bits(shape, how, tmp_path, monkeypatch):
+def test_run_that_ends_anywhere_resumes_bitwise_equal(shape, how, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     whole = shaped(shape, "whole")
     whole.train()
@@ -166,11 +166,11 @@ POINTS = {"in a checkpoint": 3, "before the manifest": 4, "making a dendrite": 1
 
 
 @pytest.mark.parametrize("point", [*kill_at.FILES, *kill_at.CALLS])
-def test_run_killed_at_a_named_point_resumes_to_the_same_bits(point, tmp_path, monkeypatch):
+def test_run_killed_at_a_named_point_resumes_bitwise_equal(point, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     whole_run("whole")
     killed(lambda: (kill_at.arm(point, POINTS.get(point, 1)), whole_run("run")))
-    if point == "in a restart":  # once more, as the resumed run loads
+    if point == "in a restart":  # a second kill, while the resumed run loads
         killed(lambda: (kill_at.arm(*kill_at.LOADING, 1), whole_run("run", resume=True)))
     whole_run("run", resume=True)
     assert kills.outcome(tmp_path) == kills.outcome(tmp_path, "whole")
@@ -190,7 +190,7 @@ class Stream(IterableDataset):
 
 
 class Watching(PerforatedTrainer):
-    """Notes the rows of each step."""
+    """Records the rows of each step."""
 
     def training_step(self, model, inputs, *args, **kwargs):
         self.rows = [*getattr(self, "rows", []), inputs.pop("row").tolist()]
@@ -207,7 +207,7 @@ def streamed(folder, count=20, scores=TWO_DENDRITES, **changes):
 
 @pytest.mark.parametrize(("count", "accumulated"), [(20, 1), (7, 1), (1000, 1), (20, 2), (7, 2)])
 def test_rows_of_a_stream_continue_modulo_its_length(count, accumulated, tmp_path, monkeypatch):
-    """Through dendrite additions, and through a kill."""
+    """With dendrite additions and a kill."""
     monkeypatch.chdir(tmp_path)
     changes = {"gradient_accumulation_steps": accumulated, "max_steps": 16}  # of 18 until the tracker ends it
     whole = streamed("whole", count, **changes)
@@ -278,6 +278,7 @@ def test_finished_run_is_loaded_and_not_trained(tmp_path, monkeypatch, capsys):
     again, script = scripted(TWO_DENDRITES, save_strategy="steps")
     output = again.train(resume_from_checkpoint=True)
     assert again.stopped_by == "tracker" and script.seen == [] and output.global_step == 18
+    assert 0 < output.training_loss == output.metrics["train_loss"] and output.metrics["train_runtime"] > 0
     assert outcome(again)[2:4] == outcome(first)[2:4] and again.num_dendrites == 2
     for name, value in first.model.state_dict().items():
         assert torch.equal(again.model.state_dict()[name], value), name
@@ -286,7 +287,7 @@ def test_finished_run_is_loaded_and_not_trained(tmp_path, monkeypatch, capsys):
 # --------------------------------------------------------------------------------------------------------- bad files
 
 
-def test_checkpoint_of_another_network_is_refused(script, small, begun, capfd, monkeypatch):
+def test_checkpoint_of_another_network_raises(script, small, begun, capfd, monkeypatch):
     import mnist_huggingface_perforatedai as module
 
     config = module.MnistCnnConfig
@@ -316,8 +317,8 @@ FILES += ["scheduler.pt", "rng_state.pth", "trainer_state.json", "perforated.jso
 
 
 @pytest.mark.parametrize(("name", "code"), [*zip(FILES, itertools.cycle([errno.ENOSPC, errno.EACCES]), strict=False)])
-def test_write_that_fails_is_one_line_and_leaves_the_other_checkpoints(name, code, tmp_path, monkeypatch):
-    """Every way in which a checkpoint is written raises, as the operating system would, for one file of the second."""
+def test_write_that_fails_raises_one_line_and_leaves_the_other_checkpoints(name, code, tmp_path, monkeypatch):
+    """Each function that writes a file of a checkpoint raises, as the operating system would, in the second one."""
     monkeypatch.chdir(tmp_path)
 
     def failing(original, place):
@@ -355,7 +356,7 @@ def test_write_that_fails_is_one_line_and_leaves_the_other_checkpoints(name, cod
     assert again.state.global_step == 6 and checkpoint.check(Path("run/checkpoint-3"))
 
 
-def test_run_that_is_made_longer_is_the_longer_run(tmp_path, monkeypatch):
+def test_run_resumed_with_more_steps_equals_the_longer_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     ends = []
     for folder, turns in (("whole", [8]), ("halves", [4, 8])):

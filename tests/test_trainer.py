@@ -22,6 +22,7 @@ from small import (
     scripted,
     trainer_for,
 )
+from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import EarlyStoppingCallback, PreTrainedConfig, PreTrainedModel, Trainer, TrainerCallback, set_seed
 from transformers.modeling_outputs import ImageClassifierOutput
@@ -385,6 +386,12 @@ def test_invalid_number_raises_one_line(name, value):
     with pytest.raises(PerforatedError, match=name) as caught:
         perforate(build(DISTILBERT), DendriteArguments(**{name: value}), arguments())
     assert "\n" not in str(caught.value)
+
+
+def test_neftune_without_input_embeddings_raises_one_line():
+    model = nn.Linear(2, 2)
+    with pytest.raises(PerforatedError, match="neftune_noise_alpha: Linear has no input embeddings"):
+        perforate(model, DendriteArguments(), arguments(neftune_noise_alpha=5.0))
 
 
 def test_single_number_equals_a_list_of_one():
