@@ -1,12 +1,12 @@
 """Speed, parameters and memory of low-rank dendrites, compared with training without them and with LoRA.
 
-    OMP_NUM_THREADS=1 python benchmarks/adapters_speed.py           measures, records and prints the table
-    OMP_NUM_THREADS=1 python benchmarks/adapters_speed.py --table   prints the table of the last record
+    OMP_NUM_THREADS=1 python benchmarks/adapters_speed.py           measure, record, print the table
+    OMP_NUM_THREADS=1 python benchmarks/adapters_speed.py --table   print the table of the last record
 
 A BERT of hidden size 256 and 4 layers, batches of 16 sequences of 128 tokens, AdamW, one thread. All linear layers of
-the blocks have dendrites, or LoRA of peft with the same rank. Steps of all networks take turns in one process, timed by
-the CPU time that they use; a ratio is the median over the turns. Memory is the largest of a process of its own, above
-what it used before its network was made. One JSON line per measurement in benchmarks/results/adapters_speed.jsonl.
+the blocks have dendrites, or LoRA of peft with the same rank. The networks take turns in one process, one step each,
+timed by CPU time; a ratio is the median over the turns. Memory is the peak of a separate process per network, minus its
+memory before the network was created. Appends one JSON line per measurement to benchmarks/results/adapters_speed.jsonl.
 """
 
 import argparse
@@ -47,13 +47,20 @@ NETWORKS = {  # arguments of DendriteArguments
     },
 }
 LAYERS = r"bert\.encoder\..*"
-# Speed compared with, at least; parameters and memory compared with, at most.
+# For each measure the network to compare with, and the limit: a minimum for speed, else a maximum.
 TARGETS = {LOW: {"speed": (WITHOUT, 0.75), "parameters": (WITHOUT, 1.15)}}
 TARGETS |= {FROZEN: {"speed": (LORA, 1.0), "memory": (LORA, 1.05)}}
 
 
 def build(name: str):
-    """A network, as it is trained, and a batch for it."""
+    """Build a network.
+
+    Args:
+        name (`str`): A key of `NETWORKS`.
+
+    Returns:
+        `tuple`: The network in training mode, and a batch for it.
+    """
     import peft
     import torch
     from transformers import BertConfig, BertForSequenceClassification, TrainingArguments
@@ -80,7 +87,14 @@ def build(name: str):
 
 
 def stepper(name: str):
-    """A function that does one training step of a network, and the network."""
+    """Build a network and its optimizer.
+
+    Args:
+        name (`str`): A key of `NETWORKS`.
+
+    Returns:
+        `tuple`: A function that does one training step, and the network.
+    """
     import torch
 
     model, batch = build(name)
@@ -95,12 +109,12 @@ def stepper(name: str):
 
 
 def in_use(what: str) -> float:
-    """Memory of this process now (VmRSS), or at most so far (VmHWM), in MiB. Of Linux."""
+    """Memory of this process in MiB: current (`"VmRSS"`) or peak (`"VmHWM"`). Linux only."""
     return float(re.search(rf"{what}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
 
 
 def memory(name: str) -> None:
-    """Print the largest memory of a few steps, in MiB above that before the network was made."""
+    """Print the peak memory of a few steps, in MiB above that before the network was created."""
     import peft  # noqa: F401 - each process imports the same
     import torch
 
@@ -115,7 +129,7 @@ def memory(name: str) -> None:
 
 
 def profile(name: str, rows: int) -> None:
-    """Print what the time of a step goes into."""
+    """Print a profile of the training step of a network, the `rows` most expensive operations first."""
     import torch
 
     step, _ = stepper(name)
@@ -156,11 +170,21 @@ def measure(repeats: int) -> dict:
 
 
 def compared(rows: dict, name: str, what: str, other: str) -> float:
-    """How a network compares with another one: the ratio of speeds, parameters or memory."""
+    """Ratio of two networks.
+
+    Args:
+        rows (`dict`): The networks of a record.
+        name (`str`): Network that is compared.
+        what (`str`): "speed", "parameters" or "memory".
+        other (`str`): Network that it is compared with.
+
+    Returns:
+        `float`: The ratio; for speed the median over paired steps.
+    """
     if what != "speed":
         return rows[name][what] / rows[other][what]
     pairs = zip(rows[other]["milliseconds"], rows[name]["milliseconds"], strict=True)
-    return statistics.median(theirs / own for theirs, own in pairs)
+    return statistics.median(reference / candidate for reference, candidate in pairs)
 
 
 def print_table(record: dict) -> None:
@@ -185,7 +209,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=12, help="timed steps of each network")
     parser.add_argument("--table", action="store_true")
-    parser.add_argument("--profile", choices=list(NETWORKS), help="print what a step of a network spends its time on")
+    parser.add_argument("--profile", choices=list(NETWORKS), help="print a profile of the training step of a network")
     parser.add_argument("--memory", help=argparse.SUPPRESS)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -1,9 +1,10 @@
-"""The BERT example with dendrites, and beside it one without dendrites of as many parameters.
+"""The BERT example with dendrites, compared with a wider BERT without dendrites of equal parameter count.
 
     OMP_NUM_THREADS=1 python benchmarks/bert.py --jobs 2
 
-Same data, learning rate and stopping rule; validation decides on dendrites and when to stop, test only reports. Every
-run is a line of `results/bert.jsonl`; what is there already is not run again. Prints a Markdown table.
+Both have the same data, learning rate and stopping rule. The validation loss decides when a dendrite is added and when
+training ends; the test loss is only reported. Appends one JSON line per run to benchmarks/results/bert.jsonl; recorded
+runs are skipped. Prints a Markdown table.
 """
 
 import argparse
@@ -23,12 +24,12 @@ from jobs import recorded
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = str(ROOT / "examples" / "bert_language_modeling_perforatedai.py")
 RESULTS = ROOT / "benchmarks" / "results" / "bert.jsonl"
-WIDER = "hidden_size=40,intermediate_size=136"  # as many parameters as with one dendrite, within 0.1 %
+WIDER = "hidden_size=40,intermediate_size=136"  # equal parameter count to one dendrite, within 0.1%
 VARIANTS = {"dendrites": [], "wider": ["--doing_pai", "false", "--config_overrides", WIDER]}
 
 
 def train(variant: str, seed: int) -> None:
-    """Train and record, unless it is recorded."""
+    """Train a variant with a seed and record the run, unless it is recorded already."""
     if any((run["variant"], run["seed"]) == (variant, seed) for run in recorded(RESULTS)):
         return
     with tempfile.TemporaryDirectory() as folder:
@@ -43,7 +44,15 @@ def train(variant: str, seed: int) -> None:
 
 
 def row(name: str, results: list[dict]) -> str:
-    """One line of the table: means over the seeds, and standard deviations of the perplexities."""
+    """One row of the table.
+
+    Args:
+        name (`str`): Name of the row.
+        results (`list[dict]`): Results of the runs, one per seed.
+
+    Returns:
+        `str`: Means over the seeds, with standard deviations of the perplexities.
+    """
 
     def mean(values):
         return f"{statistics.mean(values):.2f} ± {statistics.stdev(values) if len(values) > 1 else math.nan:.2f}"
@@ -56,7 +65,7 @@ def row(name: str, results: list[dict]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44])
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--jobs", type=int, default=1, help="number of parallel runs")
     args = parser.parse_args()
     jobs = [(variant, seed) for seed in args.seeds for variant in VARIANTS]
     with ThreadPoolExecutor(args.jobs) as pool:

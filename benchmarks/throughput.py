@@ -1,12 +1,13 @@
-"""Training speed compared with perforatedai's own loop and with bare loops; what the start and a whole run cost.
+"""Training speed compared with the stock Trainer, a bare loop and perforatedai's own; the start and a whole run.
 
     python benchmarks/throughput.py
 
-The same network, data, optimizer and clipping, without augmentation, in three ways, in turn:
+The same network, data, optimizer and clipping, without augmentation, in four ways, in turn:
 
-    trainer       `PerforatedTrainer` with the script's settings
-    bare loop     a PyTorch loop over the same layers
-    perforatedai  a PyTorch loop over perforatedai's own layers, as its authors show it
+    trainer        `PerforatedTrainer` with the script's settings
+    stock Trainer  `transformers.Trainer` with the same settings, on the same network with its dendrites
+    bare loop      a PyTorch loop over the same layers
+    perforatedai   a PyTorch loop over perforatedai's own layers, as its authors show it
 
 Ratios are medians of those of neighboring runs. On the CPU, one thread, seed 0. Prints Markdown tables with machine,
 versions and command.
@@ -103,30 +104,36 @@ class Speed:
         for _ in range(dendrites):
             self.library.add()
 
-    def trainer(self, *callbacks):
+    def trainer(self, *callbacks, stock: bool = False):
         import torch
+        from transformers import PrinterCallback, ProgressCallback, Trainer
 
         from perforated_trainer import PerforatedTrainer
 
-        return PerforatedTrainer(
-            model=self.model,
-            args=self.training,
-            dendrite_args=self.dendrites,
-            train_dataset=self.data,
-            eval_dataset=torch.utils.data.Subset(self.data, range(10)),
-            data_collator=lambda rows: rows,
-            compute_metrics=self.compute_metrics,
-            callbacks=list(callbacks),
-        )
+        settings = {
+            "model": self.model,
+            "args": self.training,
+            "train_dataset": self.data,
+            "eval_dataset": torch.utils.data.Subset(self.data, range(10)),
+            "data_collator": lambda rows: rows,
+            "compute_metrics": self.compute_metrics,
+            "callbacks": list(callbacks),
+        }
+        if not stock:
+            return PerforatedTrainer(dendrite_args=self.dendrites, **settings)
+        trainer = Trainer(**settings)
+        for callback in (PrinterCallback, ProgressCallback):
+            trainer.remove_callback(callback)
+        return trainer
 
     def measure(self, case: str, batch: int, steps: int) -> float:
         """Steps per second of one of the ways; "augmented loop" is the bare loop with the script's augmentation."""
         warm_up = max(2, steps // 10)
-        if case == "trainer":
-            return self._of_trainer(batch, warm_up, steps)
+        if case in ("trainer", "stock Trainer"):
+            return self._of_trainer(batch, warm_up, steps, stock=case != "trainer")
         return self._of_loop(self.library.model if case == "perforatedai" else self.model, case, batch, warm_up, steps)
 
-    def _of_trainer(self, batch, warm_up, steps):
+    def _of_trainer(self, batch, warm_up, steps, stock):
         from transformers import TrainerCallback
 
         class Clock(TrainerCallback):
@@ -139,7 +146,7 @@ class Speed:
 
         self.training.per_device_train_batch_size, clock = batch, Clock()
         with contextlib.suppress(Done), contextlib.redirect_stdout(io.StringIO()):
-            self.trainer(clock).train()
+            self.trainer(clock, stock=stock).train()
         return clock.speed
 
     def _of_loop(self, model, case, batch, warm_up, steps):
@@ -166,21 +173,21 @@ class Speed:
 
 def compare_speeds(args) -> list:
     """The rows of the first table."""
-    cases, rows = ["trainer", "bare loop", "perforatedai"], []
+    cases, rows = ["trainer", "stock Trainer", "bare loop", "perforatedai"], []
     for dendrites in args.dendrites:
         with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
             speed = Speed(dendrites, args.data_dir)
             for batch in (64, 512):
                 turns, steps = [], args.steps if batch < 512 else max(4, args.steps // 3)
                 for turn in range(args.repeats):  # another case first in each
-                    order = cases[turn % 3 :] + cases[: turn % 3]
+                    order = cases[turn % 4 :] + cases[: turn % 4]
                     measured = {case: speed.measure(case, batch, steps) for case in order}
                     turns.append([measured[case] for case in cases])
                 medians = [statistics.median(column) for column in zip(*turns, strict=True)]
-                bare, library = (statistics.median(turn[0] / turn[case] for turn in turns) for case in (1, 2))
+                ratios = [statistics.median(turn[0] / turn[case] for turn in turns) for case in (1, 2, 3)]
                 target = TARGETS.get((dendrites, batch))
-                note = judged(library if dendrites else bare, target) if target else ""
-                rows.append([dendrites, batch, *medians, bare, library, note])
+                note = judged(ratios[2 if dendrites else 1], target) if target else ""
+                rows.append([dendrites, batch, *medians, *ratios, note])
     return rows
 
 
@@ -247,7 +254,8 @@ def main() -> None:
     print(f"seed 0; medians of {args.repeats}; `{shlex.join(['python', *sys.argv])}`")
     data = ["--data_dir", args.data_dir] if args.data_dir else []
     table(
-        "dendrites | batch | trainer, steps/s | bare loop | perforatedai | / bare loop | / perforatedai | target",
+        "dendrites | batch | trainer, steps/s | stock Trainer | bare loop | perforatedai | / stock Trainer"
+        " | / bare loop | / perforatedai | target",
         compare_speeds(args),
     )
     pairs = [(seconds(["-c", IMPORTS]), seconds(["-c", START, "--use_cpu", *data])) for _ in range(args.repeats)]

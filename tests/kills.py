@@ -2,7 +2,7 @@
 
     python tests/kills.py --kills 50
 
-Prints one line a kill and ends with status 1 where a resumed run ends with other results or other weights.
+Prints one line per kill. The exit status is 1 if a resumed run ends with different results or weights.
 """
 
 import argparse
@@ -21,8 +21,8 @@ ROOT = Path(__file__).parent.parent
 FLAGS = "--max_train_samples 500 --max_eval_samples 200 --eval_steps 5 --save_steps 7 --logging_steps 5".split()
 FLAGS += "--per_device_train_batch_size 32 --n_epochs_to_switch 2 --max_dendrites 2 --save_name run".split()
 
-# Each run is a process of its own, forked from a server that has imported the script and done nothing else: what a
-# fresh interpreter would do, without its ten seconds of imports.
+# Each run is a process that is forked from a server which has only imported the script. This saves the ten seconds of
+# imports that a new interpreter would take.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
 processes = multiprocessing.get_context("forkserver")
@@ -50,7 +50,7 @@ def start(folder: Path, *flags: str, before=None) -> multiprocessing.Process:
 
 
 def outcome(folder: Path, name: str = "run") -> tuple[dict, dict]:
-    """The results but for times and the command, and the bytes of the files of the final model but for its card."""
+    """The results without times and command, and the bytes of the files of the final model without its card."""
     results = json.loads((folder / name / "results.json").read_text())
     for key in ("train_seconds", "steps_per_second", "command"):
         del results[key]
@@ -59,7 +59,7 @@ def outcome(folder: Path, name: str = "run") -> tuple[dict, dict]:
 
 
 def run_to_end(folder: Path, *flags: str) -> float:
-    """Run until it ends by itself; returns the seconds that it took. Raises where it fails."""
+    """Run without a kill. Returns the duration in seconds; raises RuntimeError if the run fails."""
     began = time.monotonic()
     process = start(folder, *flags)
     process.join()
@@ -69,7 +69,7 @@ def run_to_end(folder: Path, *flags: str) -> float:
 
 
 def kill_and_resume(folder: Path, seconds: list[float], *flags: str) -> None:
-    """Kill the run after each of `seconds`, resuming in between, then let it end."""
+    """Kill the run after each of `seconds`, resume it after each kill, then let it complete."""
     resume = []
     for delay in seconds:
         process = start(folder, *flags, *resume)

@@ -1,4 +1,4 @@
-"""Small models of transformers with random weights, and real data for them: Python's language reference, digits."""
+"""Small models of transformers with random weights, and real data: the Python language reference, digits."""
 
 import re
 from collections import Counter
@@ -107,7 +107,7 @@ def rows(name, count=40):
     if "Masked" in name:
         masked = torch.arange(LENGTH) % 5 == 0
         inputs, labels = texts.masked_fill(masked, MASK), texts.masked_fill(~masked, -100)
-    elif "Bert" in name:  # does the text hold the word "the"?
+    elif "Bert" in name:  # whether the text contains the word "the"
         inputs, labels = texts, (texts == number["the"]).any(1).long()
     else:
         inputs, labels = texts, texts

@@ -1,4 +1,4 @@
-"""Answers, for each line `CLASS FOLDER PART`: the tied names and the logits of the model in FOLDER/PART."""
+"""Reads lines `CLASS FOLDER PART` and returns the tied names and the logits of the model in FOLDER/PART."""
 
 import json
 import sys
@@ -6,7 +6,7 @@ import sys
 import models
 import torch
 
-import perforated_trainer  # noqa: F401 - its import teaches from_pretrained
+import perforated_trainer  # noqa: F401 - the import registers dendrites with from_pretrained
 
 sys.modules["perforatedai"] = None  # importing it is an error
 for line in sys.stdin:

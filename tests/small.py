@@ -1,6 +1,7 @@
-"""A small training for the tests of the trainer: a tiny model, 32 texts to train on, 8 to evaluate, no plots.
+"""A small training for the tests of the trainer: a tiny model, 32 training texts, 8 evaluation texts, no plots.
 
-`scripted` replaces the scores by those of a list and `kept` tells which evaluation the trained model is that of.
+`scripted` replaces the scores with those of a list, and `kept` returns the scores of the evaluations that had the same
+predictions as the trained model.
 """
 
 import json
@@ -26,7 +27,7 @@ def compute_metrics(prediction):
 
 
 def arguments(cls=TrainingArguments, **changes):
-    """Arguments of a run in the folder `run`, evaluated at every second of 8 steps."""
+    """Arguments of a run of 8 steps in the folder `run`, with an evaluation every 2 steps."""
     values = {
         "output_dir": "run",
         "use_cpu": True,
@@ -67,7 +68,7 @@ class Script:
 
 def scripted(scores, model=None, dendrites=None, greater_is_better=True, cls=PerforatedTrainer, more=None, **changes):
     """A trainer whose evaluations have the scores of a list. Returns trainer and `Script`."""
-    if "test_dataset" in (more or {}):  # each score is asked for once more
+    if "test_dataset" in (more or {}):  # each score is returned twice
         scores = [score for score in scores for _ in range(2)]
     script = Script(scores)
     metric = {"metric_for_best_model": "score", "greater_is_better": greater_is_better}
@@ -79,14 +80,14 @@ def scripted(scores, model=None, dendrites=None, greater_is_better=True, cls=Per
 
 
 def kept(trainer, script):
-    """Scores of the evaluations whose predictions are those of the model as it is now."""
+    """Scores of the evaluations whose predictions equal those of the current model."""
     script.running = False
     now = trainer.predict(trainer.eval_dataset).predictions
     return list(dict.fromkeys(score for score, predictions in script.seen if np.array_equal(predictions, now)))
 
 
 def scores_left(scores, trainer):
-    """The scores of a list that are left for a run that is resumed from its newest checkpoint."""
+    """The scores of a list that remain for a run that is resumed from its newest checkpoint."""
     newest = checkpoint.find(True, Path(trainer.args.output_dir), print)
     history = json.loads((newest / "trainer_state.json").read_text())["log_history"]
     return scores[sum("eval_score" in entry for entry in history) :] or scores[-1:]
@@ -108,7 +109,7 @@ class SignalAt(TrainerCallback):
 
 
 def killed(run):
-    """Run a function in a process of its own, in which it must kill itself."""
+    """Run a function in a separate process, which it must kill."""
     if (child := os.fork()) == 0:
         try:
             run()
@@ -118,7 +119,7 @@ def killed(run):
 
 
 def kill_at_step(step, make):
-    """Train what `make()` returns, in a process of its own, until it is killed at the end of a step."""
+    """Train what `make()` returns in a separate process, and kill it at the end of a step."""
 
     def run():
         trainer = make()

@@ -12,7 +12,7 @@ from perforated_trainer import DendriteArguments, PerforatedTrainer
 
 
 def tokenizer() -> BertTokenizer:
-    """The numbers of the words are those of `models.rows`."""
+    """A tokenizer whose token ids are those of `models.rows`."""
     words = Counter(re.findall(r"\w+", " ".join(topics.values()).lower()))
     tokens = ["[MASK]", "[UNK]", *(word for word, _ in words.most_common(models.WORDS - 2))]
     tokens[-3:] = ["[PAD]", "[CLS]", "[SEP]"]
@@ -20,7 +20,7 @@ def tokenizer() -> BertTokenizer:
 
 
 def train(run="bertMLM") -> PerforatedTrainer:
-    """Train through two restructures in the current folder; write `final/` and the output folder's own model."""
+    """Train with two dendrite additions in the current folder; save `final/` and a model in the output folder."""
     torch.manual_seed(0)
     args = TrainingArguments(
         output_dir=run,

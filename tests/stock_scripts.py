@@ -1,7 +1,7 @@
-"""The example scripts of transformers in short: their calls, in their order, on small data and small random models.
+"""Shortened example scripts of transformers: the same calls in the same order, on small data and small random models.
 
 Each function is the `main` of one script. The Trainer is the stock one: `test_tasks.py` changes this file as
-docs/any_script.md says, and runs it. Metrics of libraries that need a download are a few lines here.
+docs/any_script.md describes, and runs it. Metrics that would be downloaded are implemented here.
 """
 
 # ruff: noqa: RUF059 (the scripts use all of their arguments)
@@ -55,12 +55,12 @@ SMALL_BERT = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 
 
 @dataclass
 class ModelArguments:
-    """Here the models are made in the script."""
+    """Unlike in transformers, the model is built in the script."""
 
 
 @dataclass
 class DataTrainingArguments:
-    """The same names as in the scripts."""
+    """Arguments with the names of the original scripts."""
 
     max_seq_length: int = 32
     block_size: int = 16
@@ -72,13 +72,13 @@ class DataTrainingArguments:
 
 
 def windows(length: int = 12, count: int = 300) -> list[list[str]]:
-    """Real text: words of the reference of the Python language, in rows of `length`."""
+    """Real text: words of the Python language reference, in rows of `length`."""
     words = re.findall(r"[a-z]+|\d+", " ".join(topics[topic] for topic in sorted(topics)).lower())
     return [words[i * length : (i + 1) * length] for i in range(count)]
 
 
 def split(**columns) -> DatasetDict:
-    """Three fifths to train on, a fifth each to validate and to predict."""
+    """60% for training, 20% each for validation and prediction."""
     data = datasets.Dataset.from_dict(columns)
     first, second = len(data) * 3 // 5, len(data) * 4 // 5
     parts = {"train": range(first), "validation": range(first, second), "test": range(second, len(data))}
@@ -105,7 +105,7 @@ def whole_words(texts) -> PreTrainedTokenizerFast:
 
 
 def bleu(predictions: list[str], references: list[str]) -> float:
-    """Of single words and pairs, in percent."""
+    """BLEU of single words and pairs, in percent."""
     shares = []
     for size in (1, 2):
         right, number = 0, 0
@@ -127,7 +127,7 @@ def start(training_args):
 
 
 def train_and_evaluate(trainer, training_args, last=lambda metrics: metrics, **evaluation):
-    """How each script goes on, up to its predictions."""
+    """The rest of each script, up to its predictions."""
     if training_args.do_train:
         checkpoint = None
         if training_args.resume_from_checkpoint is not None:

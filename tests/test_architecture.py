@@ -10,13 +10,13 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "perforated_trainer"
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
-# Packages that one module alone may import.
+# Packages that only one module may import.
 ALONE = {"perforatedai": "pai", "matplotlib": "plot"}
-# Copies of these are saved next to models: they import nothing of the package but each other.
+# Copies of these are saved with models: they import no other module of the package.
 SAVED_WITH_MODELS = ["layers", "loading", "sharing"]
-STANDARD_LIBRARY_ONLY = ["policy", "checkpoint"]  # but for other modules of the package
+STANDARD_LIBRARY_ONLY = ["policy", "checkpoint"]  # and other modules of the package
 # Private methods of other libraries that are overridden or called on self, which is how those are extended.
-# `test_compat.py` checks each against the library.
+# `test_compat.py` checks each of them.
 HOOKS = {
     "trainer": set(  # of transformers.Trainer
         "_determine_best_metric _evaluate _finalize_training _init_training_state _load_best_model "
@@ -33,7 +33,7 @@ PRIVATE = {
     "remote_code": {"_model_mapping"},
     "sharing": {"_commit_hash", "_name_or_path", "_version"},
 }
-# The parts of any torch.nn.Module, which are as old as PyTorch.
+# Attributes of every torch.nn.Module, which exist in every version of PyTorch.
 PARTS = {"_modules", "_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks"}
 PARTS |= {"_backward_hooks", "_backward_pre_hooks"}
 
@@ -82,14 +82,14 @@ def test_module_needs_the_standard_library_only(module):
 
 
 @pytest.mark.parametrize("module", SAVED_WITH_MODELS)
-def test_module_that_is_saved_with_models_stands_alone(module):
+def test_module_that_is_saved_with_models_imports_no_other_module(module):
     allowed = {"torch", "transformers", "safetensors", "huggingface_hub"} | sys.stdlib_module_names
     assert imports(module) <= allowed | {f".{name}" for name in SAVED_WITH_MODELS}
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_module_can_be_imported_on_any_system(module):
-    """These are missing on Windows: they may be imported where they are used, and guarded."""
+    """These do not exist on Windows: they may be imported in functions, with a guard."""
     assert not imports(module, at_import_only=True) & {"resource", "fcntl", "pwd", "grp", "termios"}
 
 
@@ -124,7 +124,7 @@ def defined():
 
 
 def foreign(module):
-    """Private names that a module uses and the package does not define, and where."""
+    """Private names that a module uses and the package does not define, with their lines."""
     known = defined() | PARTS
     for node in ast.walk(tree(module)):
         names = []
@@ -146,7 +146,7 @@ def test_private_names_of_other_libraries_are_used_in_compat(module):
 
 @pytest.mark.parametrize("module", sorted({*HOOKS, *PRIVATE}))
 def test_allowed_private_names_are_used(module):
-    """One that is listed and no longer there would hide a new use."""
+    """An unused entry of the list would hide a new use."""
     names = {node.name for node in ast.walk(tree(module)) if isinstance(node, ast.FunctionDef)}
     used = {name for name, _ in foreign(module)} | names
     assert HOOKS.get(module, set()) | PRIVATE.get(module, set()) <= used

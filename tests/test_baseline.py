@@ -80,7 +80,7 @@ def test_plots_of_run_and_baseline_are_drawn(baseline):
     for name in ("run", "run-control"):
         with Image.open(baseline / name / f"{name}.png") as plot:
             assert plot.size == (1100, 450)
-    # That of the run has a line more.
+    # The plot of the run has one more line.
     assert (baseline / "run" / "run.png").stat().st_mtime > (baseline / "run" / "results.json").stat().st_mtime
 
 
@@ -103,7 +103,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def recall(prediction):
-    """The mean over the classes of the share that is found."""
+    """Mean recall over the classes."""
     found = prediction.predictions.argmax(-1) == prediction.label_ids
     return {
         "recall": float(np.mean([found[prediction.label_ids == label].mean() for label in set(prediction.label_ids)]))
@@ -114,7 +114,7 @@ METRICS = {"accuracy": compute_metrics, "recall": recall, "loss": None}
 
 
 def make(output_dir="run", score="accuracy", steps=15, callbacks=(), model=None, dendrites=None, **changes):
-    """A trainer that learns enough for dendrites; it ends at step 15, at which it is evaluated as the last one."""
+    """A trainer that improves enough for dendrites; it ends at step 15 with a last evaluation."""
     usual = {"max_steps": steps, "learning_rate": 1e-3, "lr_scheduler_type": "constant", "logging_steps": 1}
     args = arguments(output_dir=output_dir, metric_for_best_model=score, **usual | changes)
     settings = DendriteArguments(**{"n_epochs_to_switch": 1} | (dendrites or {}))
@@ -159,14 +159,14 @@ def test_baseline_with_overwrite_run_does_not_replace_its_run(folder):
         make(dendrites=OF_RUN).train()
 
 
-def test_baseline_of_a_run_without_a_finite_score_is_one_line(folder, monkeypatch):
+def test_baseline_of_a_run_without_a_finite_score_raises_one_line(folder, monkeypatch):
     monkeypatch.setitem(METRICS, "accuracy", lambda prediction: {"accuracy": float("nan")})
     train(steps=2)
     with pytest.raises(PerforatedError, match="no evaluation of this run had a finite score"):
         make(steps=2, dendrites=OF_RUN).train()
 
 
-def test_baseline_of_a_run_that_is_gone_is_one_line(folder):
+def test_baseline_of_a_deleted_run_raises_one_line(folder):
     train()
     shutil.rmtree("run/final")
     with pytest.raises(PerforatedError, match="not complete"):
@@ -176,7 +176,7 @@ def test_baseline_of_a_run_that_is_gone_is_one_line(folder):
         make(dendrites=OF_RUN)
 
 
-def test_comparison_without_the_model_of_the_run_says_so(folder):
+def test_comparison_without_the_model_of_the_run_gives_the_reason(folder):
     """The run was deleted while its baseline trained."""
     train()
     trainer = make(dendrites=OF_RUN)
@@ -187,13 +187,13 @@ def test_comparison_without_the_model_of_the_run_says_so(folder):
 
 
 class Starts(TrainerCallback):
-    """Keeps the weights with which each cycle starts, and those of each evaluation."""
+    """Records the weights at the start of each cycle and at each evaluation."""
 
     def __init__(self):
         self.starts, self.evaluated, self.optimizer = [], {}, None
 
     def on_step_begin(self, args, state, control, model, optimizer, **kwargs):
-        if optimizer is not self.optimizer:  # made again
+        if optimizer is not self.optimizer:  # created again
             self.optimizer, weights = optimizer, {name: value.clone() for name, value in model.state_dict().items()}
             self.starts.append((weights, len(optimizer.state), optimizer.param_groups[0]["lr"], state.global_step))
 
@@ -219,7 +219,7 @@ def test_wider_baseline_starts_from_its_best_weights_each_time(folder, monkeypat
     assert moved_back
 
 
-def test_network_of_another_size_is_refused(folder):
+def test_network_of_another_size_raises(folder):
     train()
     with pytest.raises(PerforatedError, match=r"parameters \(58,114 there, 6\d,\d+ here\)"):
         make(dendrites=OF_RUN, model=build(DISTILBERT, hidden_dim=96)).train()
@@ -232,7 +232,7 @@ def test_baseline_that_ends_before_its_run_has_no_comparison(folder):
 
 
 @pytest.mark.parametrize(("step", "scheduler"), [(3, "constant"), (9, "reduce_lr_on_plateau"), (14, "cosine")])
-def test_baseline_killed_anywhere_resumes_to_the_same_bits(step, scheduler, folder):
+def test_baseline_killed_anywhere_resumes_bitwise_equal(step, scheduler, folder):
     changes = {"lr_scheduler_type": scheduler, "score": "loss", "learning_rate": 3e-2}
     train(**changes)
     whole, mine = train("whole", **changes, dendrites=OF_RUN)

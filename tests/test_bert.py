@@ -1,4 +1,4 @@
-"""The language-modeling example as its user runs it: results, resume, reload, bad input."""
+"""The language modeling example on the command line: results, resume, reload, bad input."""
 
 import json
 import math
@@ -14,8 +14,8 @@ import torch
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples" / "bert_language_modeling_perforatedai.py"
 
-# The learning rate falls to nothing at the first gain below 5%: the first cycle ends early, and a dendrite, which
-# starts at the full rate again, is sure to gain.
+# The learning rate falls to almost zero at the first improvement below 5%: the first cycle ends early, and a dendrite,
+# which starts at the full rate again, reliably improves the loss.
 TINY = """
     --save_name run --config_overrides hidden_size=8,intermediate_size=16 --vocab_size 300 --max_seq_length 16
     --max_train_samples 128 --max_eval_samples 40 --eval_steps 5 --save_steps 5 --logging_steps 5
@@ -30,7 +30,7 @@ def results(folder):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """Folder in which one tiny run has ended by itself, with a dendrite."""
+    """Folder of a complete tiny run with a dendrite."""
     folder = tmp_path_factory.mktemp("bert")
     done = subprocess.run([sys.executable, str(EXAMPLE), *TINY], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -50,7 +50,7 @@ def test_run_keeps_a_dendrite_and_reports_it(finished):
     before, after = result["cycles"]
     assert (before["dendrites"], after["dendrites"], result["final"]["dendrites"]) == (0, 1, 1)
     assert after["best_validation"] < before["best_validation"] and after["parameters"] > before["parameters"]
-    # a model is kept if it gains 1%: the best score may be another one
+    # a model is kept if it improves by 1%: the best score may be another one
     assert result["final"]["validation_loss"] == pytest.approx(after["best_validation"], rel=0.01)
     table = (finished / "log.txt").read_text()
     for cycle in (before, after):
@@ -86,7 +86,7 @@ def test_resumed_run_equals_the_run(finished, resumed):
         assert (resumed[0] / "run/final" / name).read_bytes() == (finished / "run/final" / name).read_bytes()
 
 
-def test_loaded_model_has_the_trained_logits_to_the_bit(resumed):
+def test_loaded_model_has_bitwise_equal_logits(resumed):
     folder, trainer = resumed
     model, ids = trainer.model.eval(), trainer.test_dataset[:8]["input_ids"]
     with torch.no_grad():
@@ -178,7 +178,7 @@ def test_width_shrinks_the_model(tmp_path):
         ("--learning_rate high", "high"),
     ],
 )
-def test_bad_input_is_one_line(flags, message, tmp_path, monkeypatch, capsys):
+def test_bad_input_exits_with_one_line(flags, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "short.txt").write_text("Only one line.\n")
     replaced = flags.split()[0]

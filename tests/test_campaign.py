@@ -1,4 +1,4 @@
-"""The benchmarks of what dendrites give: run at a tiny size, and their tables computed again from the records."""
+"""The benchmarks of the effect of dendrites at a tiny size; their tables are recomputed from the records."""
 
 import json
 import math
@@ -15,7 +15,7 @@ from torch import nn
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "dendrites.jsonl"
-CONTROLS = ["same training, no dendrites", "wider, same training"]
+BASELINES = ["same training, no dendrites", "wider, same training"]
 TINY = ["--max_train_samples", "320", "--max_eval_samples", "50", "--eval_steps", "5", "--max_dendrites", "1"]
 
 
@@ -34,14 +34,14 @@ def test_campaign_records_its_runs_once(tmp_path):
     first = call("dendrites.py", *flags, "--n_epochs_to_switch", "2")
     records = [json.loads(line) for line in results.read_text().splitlines()]
     runs = {record["experiment"]: record for record in records}
-    with_dendrites, control, wider = (runs[name] for name in ("with dendrites", *CONTROLS))
+    with_dendrites, baseline, wider = (runs[name] for name in ("with dendrites", *BASELINES))
     assert with_dendrites["control"] is None and records[0] == with_dendrites and len(records) == 3
-    for without in (control, wider):
+    for without in (baseline, wider):
         assert without["steps"] == with_dendrites["steps"] and without["dendrites"] == 0
         assert without["restarts"] == with_dendrites["restarts"] != []
         assert without["control"]["with_dendrites"] == pytest.approx(1 - with_dendrites["test_error"] / 100)
         assert without["control"]["without"] == pytest.approx(1 - without["test_error"] / 100)
-    assert control["parameters"] == with_dendrites["cycles"][0]["parameters"] == 1610
+    assert baseline["parameters"] == with_dendrites["cycles"][0]["parameters"] == 1610
     assert wider["parameters"] == pytest.approx(with_dendrites["parameters"], rel=0.02)
     written = results.read_bytes()
     assert str(tmp_path).encode() not in written and str(ROOT).encode() not in written
@@ -50,8 +50,8 @@ def test_campaign_records_its_runs_once(tmp_path):
     table = first[first.index("| experiment") :]
     assert table == second[second.index("| experiment") :]
     assert f"| with dendrites | 1 | {with_dendrites['dendrites']:.1f} | {with_dendrites['parameters']:,} |" in table
-    gain = 100 * (1 - with_dendrites["test_error"] / control["test_error"])
-    assert f'lower than of "{CONTROLS[0]}", %: {gain:.1f} (one seed, no interval); the dendrites\' own' in table
+    gain = 100 * (1 - with_dendrites["test_error"] / baseline["test_error"])
+    assert f'lower than of "{BASELINES[0]}", %: {gain:.1f} (one seed, no interval); effect of the dendrites' in table
 
 
 def test_first_run_of_several_seeds_is_recorded(tmp_path):
@@ -124,9 +124,9 @@ def test_table_of_a_study_is_that_of_the_records(study):
 
 
 def test_table_of_made_up_records_has_their_means(tmp_path):
-    """As above, where no campaign is recorded yet."""
+    """As above, without recorded runs."""
     results, records = tmp_path / "made-up.jsonl", []
-    for number, experiment in enumerate(["with dendrites", *CONTROLS, "wider", "without dendrites"]):
+    for number, experiment in enumerate(["with dendrites", *BASELINES, "wider", "without dendrites"]):
         for seed in range(2 + (number < 2)):
             numbers = {"dendrites": seed, "parameters": 1610 + seed, "steps": 10**4 * seed, "cpu_seconds": 33.3 + seed}
             errors = {"validation_error": 2.0 + number + seed / 7, "test_error": 1.4 + number / 3 + seed / 9}

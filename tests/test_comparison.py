@@ -19,7 +19,7 @@ SIZE = 60
 
 
 def test_paired_proportions_covers_the_true_difference():
-    """Simulated pairs of models: the true difference is in 95% of the intervals, with rare errors too."""
+    """Simulated pairs of models: 95% of the intervals contain the true difference, also if errors are rare."""
     generator, inside, repeats = np.random.default_rng(0), 0, 2000
     for _ in range(repeats):
         hard, own = generator.random(300) < 0.02, generator.random((2, 300)) < [[0.01], [0.03]]
@@ -35,7 +35,7 @@ def test_paired_proportions_of_equal_models_includes_other_examples():
 
 
 def predictions(shares, number=1000):
-    """Predictions of two models that are wrong on these shares of the examples."""
+    """Predictions of two models that are wrong on these fractions of the examples."""
     generator, labels = np.random.default_rng(1), np.arange(number) % 10
     logits = np.eye(10)[labels]
     wrong = [np.where(generator.random((number, 1)) < share, 0.0, logits) for share in shares]
@@ -128,7 +128,7 @@ class Hears(TrainerCallback):
 
 
 class MineTrainer(Trainer):
-    """A baseline's trainer, as far as a comparison uses it."""
+    """The part of a baseline's trainer that a comparison uses."""
 
     score_name, test_dataset = "eval_accuracy", None
 
@@ -224,7 +224,7 @@ def break_load(folder):
         (lambda w: setattr(w.trainer, "compute_metrics", None), None, "no values for single examples"),
     ],
 )  # fmt: skip
-def test_compare_without_interval_says_why(world, change, load, words):
+def test_compare_without_interval_gives_the_reason(world, change, load, words):
     change(world)
     compared = go(world, load=load)
     assert set(compared) == KEYS and compared["interval_95"] is None
@@ -232,7 +232,7 @@ def test_compare_without_interval_says_why(world, change, load, words):
     assert "\n" not in compared["verdict"] and compared["difference"] == pytest.approx(0.3)
 
 
-def test_compare_a_metric_that_is_rarely_defined_says_so(world):
+def test_compare_a_metric_that_is_rarely_defined_gives_the_reason(world):
     calls = []
 
     def rare(prediction):

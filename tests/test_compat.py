@@ -1,4 +1,4 @@
-"""Names of other libraries that the package uses without a promise are there, and do what it assumes."""
+"""Private names of other libraries that the package uses exist and behave as it assumes."""
 
 import inspect
 import pdb
@@ -30,7 +30,7 @@ def tied():
     return {"first": weight, "second": weight}
 
 
-def test_safetensors_refuses_shared_tensors_unless_told_otherwise(tmp_path):
+def test_safetensors_saves_shared_tensors_with_the_patch_only(tmp_path):
     with pytest.raises(RuntimeError, match="share memory"):
         safetensors.torch.save_file(tied(), tmp_path / "file")
     with _compat.shared_tensors_ignored():
@@ -47,7 +47,7 @@ def test_safetensors_refuses_shared_tensors_unless_told_otherwise(tmp_path):
 
 
 def test_accelerate_searches_for_lomo_at_each_step():
-    """When the step no longer does, `_patch_search_for_lomo` can go."""
+    """If the step no longer does, `_patch_search_for_lomo` can be removed."""
     assert "is_lomo_available()" in inspect.getsource(AcceleratedOptimizer.step)
     assert sys.modules["lomo_optim"] is None and not is_lomo_available()
 
@@ -93,7 +93,7 @@ def test_parameters_that_no_file_had_are_new(tmp_path):
 
 @pytest.mark.parametrize(("cls", "module"), [(PerforatedTrainer, "trainer"), (ExportingTrainer, "export")])
 def test_hooks_are_those_that_the_trainer_calls(cls, module):
-    """Each takes what the Trainer's takes, and the Trainer itself uses it."""
+    """Each has the arguments of the Trainer's method, and the Trainer itself uses it."""
     own = {name for name in vars(cls) if name.startswith("_") and not name.startswith("__") and hasattr(Trainer, name)}
     hooks = {name for name in HOOKS[module] if callable(getattr(Trainer, name, None))}
     assert own == hooks == HOOKS[module] - {"_train_batch_size"}
@@ -114,14 +114,14 @@ def test_hooks_of_the_quantizer_are_called_by_transformers(name):
 
 
 def test_values_of_a_training_are_the_seven_that_are_expected():
-    """`schedule.of_all_cycles` takes them apart."""
+    """`schedule.of_all_cycles` unpacks them."""
     trainer = trainer_for()
     values = Trainer.set_initial_training_values(trainer, trainer.args, trainer.get_train_dataloader())
     assert len(values) == 7 and values[1] == 4 and values[-1] == 8
 
 
 def test_trainer_makes_its_optimizer_before_it_wraps_the_model():
-    """`_wrap_model` is where `dendrite_learning_rate_factor` scales it, before the scheduler is made."""
+    """`dendrite_learning_rate_factor` scales the optimizer in `_wrap_model`, before the scheduler is created."""
     source = inspect.getsource(Trainer._prepare_for_training)
     order = ["self.create_optimizer()", "self._wrap_model(", "self.create_scheduler("]
     assert [source.index(name) for name in order] == sorted(source.index(name) for name in order)
@@ -138,7 +138,7 @@ def tracker(**settings):
     return pai.PAITracker(DendriteArguments(**settings), "score", True)
 
 
-def test_perforatedbp_stays_out():
+def test_perforatedbp_is_not_imported():
     assert sys.modules["perforatedbp"] is None
 
 
@@ -154,7 +154,7 @@ def test_entries_of_the_tracker_that_are_set_are_there():
         assert callable(getattr(one._tracker, name)), name
 
 
-def test_global_tracker_of_the_library_is_left_alone():
+def test_global_tracker_of_perforatedai_is_unchanged():
     before = pai.GPA.pc, pai.GPA.pai_tracker
     tracker().add_score(0.5, Decision.CONTINUE)
     assert (pai.GPA.pc, pai.GPA.pai_tracker) == before and before[1] == []
@@ -169,7 +169,7 @@ def test_making_a_tracker_draws_no_random_numbers():
 DECISIONS = [Decision.CONTINUE, Decision.ADD, Decision.CONTINUE, Decision.RETRY, Decision.CONTINUE, Decision.ADD]
 
 
-def test_library_follows_each_decision_and_says_when_it_is_complete():
+def test_perforatedai_follows_each_decision_and_reports_completion():
     one = tracker()
     ends = [one.add_score(0.1 * n, d, {"train loss": 1.0}, {"test score": 0.5}) for n, d in enumerate(DECISIONS)]
     assert ends == [False] * len(DECISIONS)
@@ -177,7 +177,7 @@ def test_library_follows_each_decision_and_says_when_it_is_complete():
     assert one.add_score(0.9, Decision.COMPLETE) is True
 
 
-def test_state_brings_a_tracker_to_where_it_was():
+def test_state_restores_a_tracker():
     one, other = tracker(), tracker()
     for number, decision in enumerate(DECISIONS):
         one.add_score(0.1 * number, decision)
@@ -215,8 +215,8 @@ def test_low_rank_dendrite_has_the_shapes_of_its_factors():
     assert new["down"].shape == (2, 8)
 
 
-def test_call_of_the_library_to_the_debugger_is_an_error_with_its_message(monkeypatch):
-    """It prints what is wrong and calls pdb, which would wait for input."""
+def test_debugger_call_of_perforatedai_raises_with_its_message(monkeypatch):
+    """perforatedai prints the problem and calls pdb, which would wait for input."""
     original, one = pdb.set_trace, tracker()
 
     def stop(*args, **kwargs):

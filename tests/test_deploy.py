@@ -1,4 +1,4 @@
-"""A trained model in pipelines, in other runtimes, and in the lines of `docs/deploy.md` and of the model card."""
+"""A trained model in pipelines, in other runtimes, and in the code of `docs/deploy.md` and of the model card."""
 
 import copy
 import importlib.util
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def folder(finished, tmp_path_factory):
-    """Folder with `mnistHF`, `bertMLM` and two images, where the code of the pages can be run."""
+    """Folder with `mnistHF`, `bertMLM` and two images, in which the code of the pages can be run."""
     folder = tmp_path_factory.mktemp("deploy")
     shutil.copytree(finished / "run", folder / "mnistHF")
     before = Path.cwd()
@@ -45,7 +45,7 @@ def folder(finished, tmp_path_factory):
 
 
 def test_digits():
-    """The test part of `kills.FLAGS`: gray values, uint8 (200, 28, 28), and the data set."""
+    """The test images of `kills.FLAGS`: gray values, uint8 (200, 28, 28), and the dataset."""
     return read_embedded()[1][0][:200], load_data(DataArguments(max_train_samples=500, max_eval_samples=200))[3]
 
 
@@ -57,7 +57,7 @@ def blocks(text):
 
 
 def card_of(folder, name):
-    """The card; the run of `finished` was called "run", and the card names the folder where it was trained."""
+    """The model card, with the folder name of the pages instead of "run", the folder of `finished`."""
     return (folder / name / "final/README.md").read_text().replace("run/final", "mnistHF/final")
 
 
@@ -133,7 +133,7 @@ def test_pipeline_answers_for_pngs_with_the_accuracy_of_the_results(finished, tm
     right = [int(answer[0]["label"]) == label for answer, label in zip(answers, digits.labels.tolist(), strict=True)]
     results = json.loads((finished / "run/results.json").read_text())
     assert sum(right) / len(right) == results["final"]["test_accuracy"]
-    # The processor's arithmetic is transformers' and differs from torchvision's in the last bits.
+    # The processor computes as transformers does, which rounds differently from torchvision.
     ours = digits.pixel_values
     processor = ViTImageProcessor.from_pretrained(finished / "run/final")
     theirs = processor([Image.open(file).convert("RGB") for file in files], return_tensors="pt")["pixel_values"]
@@ -223,7 +223,7 @@ def resnet():
 
 
 def case(kind, folder):
-    """A model, its inputs of two examples, what is free in them, and inputs of `count` examples."""
+    """A model, inputs of two examples, their dynamic dimensions, and inputs of `count` examples."""
     batch = torch.export.Dim("batch")
     if kind == "bert":
         model = AutoModelForMaskedLM.from_pretrained(folder / "bertMLM/final")
@@ -288,11 +288,11 @@ def test_onnx_and_int8_equal_the_model(kind, folder, tmp_path):
         assert small.stat().st_size < plain.stat().st_size / 2
 
 
-# --------------------------------------------------------------------------------------------------- number of products
+# --------------------------------------------------------------------------------------------------- number of matmuls
 
 
 class Count(TorchDispatchMode):
-    """Counts the matrix products and convolutions that PyTorch computes."""
+    """Counts the matmuls and convolutions that PyTorch computes."""
 
     PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "matmul", "linear", "convolution", "conv2d")
 
@@ -307,18 +307,18 @@ class Count(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    "layer, products",
+    "layer, matmuls",
     [(torch.nn.Linear(6, 4), 2), (torch.nn.Conv2d(6, 4, 3), 2), (torch.nn.Conv2d(6, 4, 3, groups=2), 4)],
 )
-def test_dendrites_of_a_layer_are_at_most_one_product_more(layer, products):
-    for dendrites, expected in ((0, 1), (3, products)):
+def test_dendrites_of_a_layer_add_at_most_one_matmul(layer, matmuls):
+    for dendrites, expected in ((0, 1), (3, matmuls)):
         part = layers.add_dendrites(copy.deepcopy(layer), dendrites)
         with Count() as count, torch.no_grad():
             part(torch.randn(2, 6) if isinstance(layer, torch.nn.Linear) else torch.randn(2, 6, 5, 5))
         assert 1 <= count.calls.total() <= expected, count.calls
 
 
-def test_saved_network_computes_at_most_two_products_for_a_layer(folder):
+def test_saved_network_computes_at_most_two_matmuls_per_layer(folder):
     model = AutoModelForImageClassification.from_pretrained(folder / "mnistHF/final", trust_remote_code=True)
     assert [layer.num_dendrites for layer in layers.layers_with_dendrites(model).values()] == [2] * 4
     with Count() as count, torch.no_grad():

@@ -1,4 +1,4 @@
-"""`PerforatedTrainer` where a script of Hugging Face has `Trainer`: the same calls, in the same order."""
+"""`PerforatedTrainer` instead of the `Trainer` of a Hugging Face script: the same calls in the same order."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ from perforated_trainer.layers import layers_with_dendrites
 
 T5 = "T5ForConditionalGeneration"
 SLOW = pytest.mark.slow
-STILL = {"learning_rate": 1e-9}  # the score stays where it is: each second evaluation adds a dendrite; none is kept
+STILL = {"learning_rate": 1e-9}  # the score is constant: every second evaluation adds a dendrite; none is kept
 
 
 @pytest.fixture(autouse=True)
@@ -156,7 +156,7 @@ def test_resume_continues_at_the_checkpoint(how, stopped, tmp_path):
     assert [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry] == [2, 4, 6, 8]
 
 
-def test_resume_gives_the_same_bits():
+def test_resume_is_bitwise_equal():
     whole = trainer_for(arguments(output_dir="whole", learning_rate=1e-3, max_steps=12))
     whole.train()
     trainer = trainer_for(arguments(learning_rate=1e-3, max_steps=12), callbacks=[Stop(6)])
@@ -192,7 +192,7 @@ def test_several_data_sets_are_evaluated():
 
 
 class Stop(TrainerCallback):
-    """A callback of a user's own, which ends the training."""
+    """A custom callback that ends the training."""
 
     def __init__(self, step):
         self.step = step
@@ -249,7 +249,7 @@ def test_seq2seq_trainer_evaluates_by_what_is_generated():
 
 
 class Smooth(Trainer):
-    """A subclass of a user's own, with another loss."""
+    """A custom subclass with another loss."""
 
     used = 0
 
@@ -285,7 +285,7 @@ def test_seq2seq_trainer_as_second_base_generates():
 
 
 class Improving:
-    """Losses by which a dendrite is added after the second and the fourth evaluation, whatever is learned."""
+    """Fixed losses, with which a dendrite is added after the second and the fourth evaluation."""
 
     number = 0
 
@@ -419,7 +419,7 @@ def test_sentence_transformer_gets_dendrites_resumes_and_loads(kind, base):
 
 
 def tokenizer(words=("[PAD]", "[UNK]", "[EOS]", "a", "name", "is", "bound")):
-    """A tokenizer of single words, made here: nothing is loaded from the Hub."""
+    """A tokenizer of single words that needs nothing from the Hub."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     words = {word: number for number, word in enumerate(words)}

@@ -28,7 +28,7 @@ def in_fork(command, folder, environment):
 
 
 def forked(command, cwd=None, env=None, **kwargs):
-    """In the place of `subprocess.run` in `jobs`, which takes ten seconds to import the libraries for each run."""
+    """Replaces `subprocess.run` in `jobs`, with which each run would import the libraries for ten seconds."""
     if command[0] != sys.executable:
         return subprocess.run(command, cwd=cwd, env=env, **kwargs)
     process = kills.processes.Process(target=in_fork, args=(command, cwd, dict(env)))
@@ -70,7 +70,7 @@ def test_finetune_benchmark_records_each_run_once(call, tmp_path):
     assert without["validation_error"] > usual["validation_error"]
     cycle = 3 * 4  # epochs of four batches
     assert usual["steps"] == cycle and usual["dendrites"] == 0 and usual["restarts"] == []
-    # The run with dendrites begins as the usual fine-tuning, and its control is as long.
+    # The run with dendrites starts as the usual fine-tuning, and its baseline has the same number of steps.
     assert usual["cycles"] == with_dendrites["cycles"][:1]
     assert with_dendrites["steps"] > cycle and with_dendrites["restarts"][0] == cycle
     for name in ("steps", "restarts", "dataset"):

@@ -23,7 +23,7 @@ def folder(tmp_path, monkeypatch):
 
 
 class Rates(TrainerCallback):
-    """The learning rate of each step, as the optimizer has it when it takes the step."""
+    """The learning rate of the optimizer at each step."""
 
     def __init__(self):
         self.rates = []
@@ -62,7 +62,7 @@ def evaluated(trainer):
     return [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry]
 
 
-def test_usual_recipe_adds_dendrites_and_ends_by_itself(capsys):
+def test_usual_fine_tuning_adds_dendrites_and_ends(capsys):
     rates = Rates()
     trainer, script = fixed(callbacks=[rates])
     output = trainer.train()
@@ -163,8 +163,8 @@ def test_capacity_test_ends_with_three_dendrites():
 
 
 @pytest.mark.parametrize("epochs", [3, 1.5])
-def test_run_killed_in_the_second_cycle_resumes_to_the_same_bits(epochs):
-    """Also through a learning rate factor; the epoch in which a cycle ends may be half done."""
+def test_run_killed_in_the_second_cycle_resumes_bitwise_equal(epochs):
+    """Also with a learning rate factor; a cycle may end in the middle of an epoch."""
 
     def make(folder, scores=RISING):
         dendrites = {"dendrite_learning_rate_factor": 0.25, "max_dendrites": 1}
@@ -208,7 +208,7 @@ def test_baseline_has_the_same_schedule():
         ),
     ],
 )
-def test_schedule_that_would_never_end_is_refused(changes, mode, message):
+def test_schedule_that_would_never_end_raises(changes, mode, message):
     with pytest.raises(PerforatedError, match=message):
         fixed(RISING, {"switch_mode": mode}, **changes)
 

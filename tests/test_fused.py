@@ -84,7 +84,7 @@ def test_activation_is_the_one_that_perforatedai_applies(activation):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_dendrites_with_zero_output_weights_leave_the_layer_equal_to_the_bit(kind):
+def test_dendrites_with_zero_output_weights_leave_the_output_bitwise_equal(kind):
     layer, dendrites, to_dendrite, _, x, dim, rank = parts(kind, 3)
     new = layers.add_dendrites(copy.deepcopy(layer), 3, dim, neurons=6, rank=rank)
     for i, dendrite in enumerate(dendrites):
@@ -95,7 +95,7 @@ def test_dendrites_with_zero_output_weights_leave_the_layer_equal_to_the_bit(kin
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if layers.can_fuse(LAYERS[kind.partition(", rank")[0]][0]())])
-def test_dendrites_that_are_separate_products_compute_the_same(kind, monkeypatch):
+def test_separate_matmuls_of_dendrites_equal_the_fused_one(kind, monkeypatch):
     layer, dendrites, to_dendrite, to_output, x, _, rank = parts(kind, 3)
     new = layers.add_dendrites(layer, 3, rank=rank)
     for i, dendrite in enumerate(dendrites):

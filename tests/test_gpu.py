@@ -1,4 +1,4 @@
-"""What can differ on a GPU. `benchmarks/gpu.py` runs these, with --dry_run on the CPU."""
+"""Tests of what can differ on a GPU. `benchmarks/gpu.py` runs them, with --dry_run on the CPU."""
 
 import math
 import os
@@ -60,7 +60,7 @@ class StopAt(TrainerCallback):
             control.should_training_stop = True
 
 
-def test_resumed_run_equals_uninterrupted_run_to_the_bit(monkeypatch):
+def test_resumed_run_is_bitwise_equal_to_uninterrupted_run(monkeypatch):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
     settings = {"full_determinism": True, "save_strategy": "steps", "save_steps": 2}
     whole = trained(output_dir="whole", **settings)

@@ -1,4 +1,4 @@
-"""Which model a run keeps, when dendrites are added, and that each trainer has its own model, layers and settings."""
+"""Which model a run keeps, when dendrites are added, and that trainers share no model, layers or settings."""
 
 import copy
 import json
@@ -110,7 +110,7 @@ def test_dendrite_above_max_parameters_is_not_added(capsys):
     assert "one more dendrite would make 77,964 parameters, --max_parameters is 70,000" in capsys.readouterr().out
 
 
-# --------------------------------------------------------------------------------------- one run does not touch another
+# --------------------------------------------------------------------------------------- independence of runs
 
 
 def fold(number):
@@ -133,8 +133,8 @@ def train_fold(folder, number):
     Path("outcome.json").write_text(json.dumps(outcome(trainer)))
 
 
-def test_folds_of_one_process_equal_those_of_their_own(tmp_path):
-    """Made one after the other, and trained then."""
+def test_folds_in_one_process_equal_folds_in_separate_processes(tmp_path):
+    """Both trainers are created before the first one trains."""
     folds = [fold(0), fold(1)]
     made = []
     for trainer in folds:
@@ -196,7 +196,7 @@ def test_training_the_same_trainer_again_continues_from_its_model():
     assert trainer.num_dendrites == 1 and trainer.restarts == [] and trainer.stopped_by == "tracker"
 
 
-def test_refused_settings_leave_the_model_as_it_was():
+def test_invalid_settings_leave_the_model_unchanged():
     trainer, _ = scripted(TWO_DENDRITES, output_dir="first")
     trainer.train()
     before, names = logits(trainer.model), list(trainer.model.state_dict())
@@ -210,7 +210,7 @@ def test_refused_settings_leave_the_model_as_it_was():
 
 
 class Copies(TrainerCallback):
-    """Copies the model at each evaluation, in the ways that callbacks do."""
+    """Copies the model at each evaluation in several ways."""
 
     def __init__(self):
         self.copies = []
@@ -257,7 +257,7 @@ class Config(transformers.PreTrainedConfig):
 
 
 class Model(transformers.PreTrainedModel):
-    """An embedding, the layer that a test is about, and a head."""
+    """An embedding, the layer under test, and a head."""
 
     config_class = Config
     make = nn.Identity
@@ -317,7 +317,7 @@ class Moves(TrainerCallback):
         (nn.utils.parametrizations.weight_norm, "weight.original1"),
     ],
 )
-def test_normalized_weight_trains_or_is_refused(normalize, suffix):
+def test_normalized_weight_trains_or_raises(normalize, suffix):
     moves = Moves(suffix)
     try:
         trainer, script = scripted(
@@ -373,7 +373,7 @@ def test_dendrite_has_the_dtype_of_its_layer():
 
 
 def test_layers_that_steps_leave_out_end_no_run():
-    """LayerDrop."""
+    """LayerDrop skips layers at random."""
     config = transformers.OPTConfig(
         vocab_size=1000, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, ffn_dim=32, layerdrop=0.7,
         max_position_embeddings=32, word_embed_proj_dim=16,
@@ -422,7 +422,7 @@ def test_body_with_dendrites_loads_under_another_head():
 
 
 class SGDTrainer(PerforatedTrainer):
-    """Makes its own optimizer, as documented, of parameters that it knows by name."""
+    """Creates its optimizer, as documented, from parameters that it selects by name."""
 
     def create_optimizer(self):
         named = self.model.named_parameters()

@@ -1,4 +1,4 @@
-"""Layers with dendrites: the formula, and what else a layer of PyTorch can do. Nothing is trained here."""
+"""Layers with dendrites: the formula, and other features of PyTorch layers. Nothing is trained."""
 
 import copy
 import pickle
@@ -33,7 +33,7 @@ each_layer = pytest.mark.parametrize("kind", KINDS)
 
 
 def parts(kind, count):
-    """Layer, dendrites as layers of their own, c, a, input, dimension of the neurons, rank."""
+    """Layer, dendrites as separate layers, c, a, input, dimension of the neurons, rank."""
     kind, _, rank = kind.partition(", rank ")
     make, shape, dim = LAYERS[kind]
     torch.manual_seed(0)
@@ -46,7 +46,7 @@ def parts(kind, count):
     if not rank:
         return layer, dendrites, to_dendrite, to_output, x, dim, None
     factors = []
-    for i, dendrite in enumerate(dendrites):  # its weight is the product of two
+    for i, dendrite in enumerate(dendrites):  # its weight is a product of two matrices
         transposed = isinstance(dendrite, Conv1D)
         weight = dendrite.weight.T if transposed else dendrite.weight
         down, up = torch.randn(int(rank), *weight.shape[1:]), torch.randn(6, int(rank))
@@ -179,11 +179,11 @@ def test_dynamo_traces_layer_as_one_graph(kind):
     torch.testing.assert_close(torch.compile(new, fullgraph=True, backend="eager")(x), new(x))
 
 
-@pytest.mark.parametrize("size, products", [(256, 1), (257, 3)])
-def test_dendrites_are_one_product_up_to_a_size(size, products):
+@pytest.mark.parametrize("size, matmuls", [(256, 1), (257, 3)])
+def test_dendrites_are_fused_up_to_a_size(size, matmuls):
     layer = layers.add_dendrites(nn.Linear(size, size), 3)
     sums = layer._sums(None, torch.randn(2, size))
-    assert len({total.untyped_storage().data_ptr() for total in sums}) == products
+    assert len({total.untyped_storage().data_ptr() for total in sums}) == matmuls
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
@@ -219,7 +219,7 @@ def test_add_dendrites_none_leaves_the_class():
     assert type(layers.add_dendrites(nn.Linear(3, 4), 0)) is nn.Linear
 
 
-# --------------------------------------------------------------------------------- a layer with dendrites is that layer
+# --------------------------------------------------------------------------------- other features of a layer
 
 
 @pytest.mark.parametrize("kind", ["linear", "block", "linear, rank 2"])
@@ -250,7 +250,7 @@ class Double(nn.Module):
         return 2 * weight
 
 
-# What computes the weight of a layer before each forward, and whether its own parameters have other names.
+# Functions that compute the weight of a layer before each forward, and whether they rename its parameters.
 REPARAMETRIZED = {
     "weight_norm, old": nn.utils.weight_norm,
     "weight_norm": parametrizations.weight_norm,

@@ -1,4 +1,4 @@
-"""Models with dendrites through a folder and back: each family, other heads, plain modules, folders of real runs."""
+"""Saving and loading models with dendrites: each family, other heads, plain modules, folders of real runs."""
 
 import copy
 import json
@@ -66,7 +66,7 @@ def logits(model, name):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_family_saved_and_loaded_is_equal_to_the_bit(name, tmp_path):
+def test_family_saved_and_loaded_is_bitwise_equal(name, tmp_path):
     model = grown(name, activation="tanh")
     expected = logits(model, name)  # sets the problem type in the config, too
     model.save_pretrained(tmp_path / "a")
@@ -96,7 +96,7 @@ def test_family_saved_and_loaded_is_equal_to_the_bit(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", [DISTILBERT, GPT2, "ResNetForImageClassification", "ViTForImageClassification"])
-def test_low_rank_saved_and_loaded_is_equal_to_the_bit(name, tmp_path):
+def test_low_rank_saved_and_loaded_is_bitwise_equal(name, tmp_path):
     model = grown(name, rank=2)
     kinds = {type(layer).__name__ for layer in layers_with_dendrites(model).values()}
     assert kinds & {"DendriteLinear", "DendriteConv1D", "DendriteConv2d"} == kinds
@@ -153,7 +153,7 @@ UNUSUAL = {
 
 @pytest.mark.parametrize("rank", [None, 2])
 @pytest.mark.parametrize("make", UNUSUAL, ids=lambda make: make.__name__)
-def test_unusual_model_saved_and_loaded_is_equal_to_the_bit(make, rank, tmp_path):
+def test_unusual_model_saved_and_loaded_is_bitwise_equal(make, rank, tmp_path):
     torch.manual_seed(0)
     model, batch = make().eval(), UNUSUAL[make]
     before = output(model, batch)
@@ -187,7 +187,7 @@ AUTO = {
     "ResNetForImageClassification": "AutoModelForImageClassification",
     "T5ForConditionalGeneration": "AutoModelForSeq2SeqLM",
 }
-# What people do who have neither perforated_trainer nor perforatedai.
+# Code for users who have neither perforated_trainer nor perforatedai.
 LOAD = f"""
 import json, sys
 from pathlib import Path
@@ -339,7 +339,7 @@ def test_body_of_a_model_saves_itself_with_its_dendrites(name, tmp_path):
     assert torch.equal(logits(model_class(name).from_pretrained(tmp_path / "whole"), name), logits(model, name))
 
 
-def test_head_with_dendrites_on_layers_of_its_own_gives_way_to_another_one(tmp_path):
+def test_head_with_dendrites_is_replaced_by_another_head(tmp_path):
     model = grown(DISTILBERT)
     assert layers.has_dendrites(model.classifier)
     model.save_pretrained(tmp_path)
@@ -369,7 +369,7 @@ def test_from_config_of_a_folder_with_dendrites_saves_models_that_load(tmp_path)
             assert not layers_with_dendrites(loaded)
         again = type(model).from_pretrained(folder)
         assert all(map(torch.equal, model.parameters(), again.parameters()))
-        with_dendrites(again).save_pretrained(folder)  # and it can get dendrites of its own
+        with_dendrites(again).save_pretrained(folder)  # and it can get new dendrites
         assert same_parameters(type(model).from_pretrained(folder), again)
     kept = AutoModelForMaskedLM.from_pretrained(tmp_path / "a", config=config)  # the config object is as it was
     assert layers_with_dendrites(kept)
@@ -408,7 +408,7 @@ class Plain(nn.Module):
 
 @pytest.mark.parametrize("rank", [None, 1])
 @pytest.mark.parametrize("joined", [False, True])
-def test_plain_module_saved_and_loaded_is_equal_to_the_bit(rank, joined, tmp_path):
+def test_plain_module_saved_and_loaded_is_bitwise_equal(rank, joined, tmp_path):
     torch.manual_seed(0)
     model, x = Plain(), torch.randn(5, 1, 8, 8)
     if joined and not rank:
@@ -500,7 +500,7 @@ def test_bad_folder_is_one_clear_error(message, tmp_path, good_folder):
 @pytest.mark.parametrize(
     "layer", [MANY, {"dendrites": MANY, "dim": -3, "neurons": 16}, {"dendrites": 2, "dim": -3, "neurons": 10**12}]
 )
-def test_numbers_that_do_not_fit_are_refused_before_anything_is_allocated(layer, tmp_path):
+def test_numbers_that_do_not_fit_raise_before_anything_is_allocated(layer, tmp_path):
     name = "ResNetForImageClassification"
     grown(name).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -518,7 +518,7 @@ def test_numbers_that_do_not_fit_are_refused_before_anything_is_allocated(layer,
 
 @pytest.fixture(scope="module")
 def runs(finished, tmp_path_factory):
-    """For each of the two: the folder of the run, what loads it, a batch, and the logits of the trained model."""
+    """Folder, loading function, batch, and logits of the trained model of each of the two runs."""
     folder = tmp_path_factory.mktemp("loading")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -557,7 +557,7 @@ def trained(request, runs):
 def test_final_checkpoints_and_the_output_folder_of_a_run_load(trained):
     run, load, batch, expected = trained
     assert torch.equal(output(load(run / "final"), batch), expected)
-    # At its end a run goes back to the best model, and the last checkpoint holds that one.
+    # A run ends with the best model, and the last checkpoint contains it.
     assert torch.equal(output(load(last_checkpoint(run)), batch), expected)
     if (run / "config.json").exists():  # written by `save_model()`
         assert torch.equal(output(load(run), batch), expected)

@@ -1,4 +1,4 @@
-"""Dendrites whose weights are products of two thin matrices, and networks that begin with dendrites."""
+"""Low-rank dendrites, and networks that start with dendrites."""
 
 import copy
 import itertools
@@ -67,7 +67,7 @@ def test_gradients_computed_again_equal_those_of_autograd(activation, block, mon
     layer.double()
     x = x.double().requires_grad_()
     found = torch.autograd.grad(layer(x).square().sum(), [x, *layer.parameters()])
-    monkeypatch.setattr(torch.jit, "is_tracing", lambda: True)  # the same formula, all of it kept by autograd
+    monkeypatch.setattr(torch.jit, "is_tracing", lambda: True)  # the same formula, with all tensors saved by autograd
     expected = torch.autograd.grad(layer(x).square().sum(), [x, *layer.parameters()])
     torch.testing.assert_close(found, expected)
 
@@ -171,7 +171,7 @@ def test_number_of_parameters_matches_the_table():
 
 @pytest.fixture
 def pretrained(tmp_path, monkeypatch):
-    """A body that was trained before, and a network with a new head on it."""
+    """A pretrained body, and a network with a new head on it."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     DistilBertModel(models.build(NAME).config).save_pretrained("body")
@@ -196,7 +196,7 @@ def test_freeze_base_trains_dendrites_and_the_new_head_alone(pretrained):
     assert changed == {f"{part}classifier.{kind}" for part in ("pre_", "") for kind in ("weight", "bias")}
     trained = {name for name, p in pretrained.named_parameters() if p.requires_grad}
     dendrites = {name: p for name, p in pretrained.named_parameters() if "dendrite" in name}
-    assert trained == changed | {name for name, p in dendrites.items() if p.numel()}  # one has none to another one
+    assert trained == changed | {name for name, p in dendrites.items() if p.numel()}  # the rest is empty
     held = [p for group in trainer.optimizer.param_groups for p in group["params"]]
     assert {id(p) for p in held} == {id(p) for p in pretrained.parameters() if p.requires_grad}
     assert all(p.grad is None for p in pretrained.parameters() if not p.requires_grad)
@@ -243,7 +243,7 @@ def test_rank_above_some_layers_leaves_these_out_with_the_reason(pretrained, cap
 @pytest.mark.parametrize("changes", [{"doing_pai": False}, {"num_initial_dendrites": 0}])
 def test_freeze_base_without_anything_to_train_raises(changes, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    model = models.build(NAME)  # nothing of it is new: it does not come from from_pretrained
+    model = models.build(NAME)  # it was not loaded by from_pretrained, so nothing in it is new
     with pytest.raises(PerforatedError, match="freeze_base: nothing would be trained before the first dendrite"):
         perforate(model, DendriteArguments(**FROZEN | changes), arguments())
 

@@ -1,4 +1,4 @@
-"""Several processes without a GPU, and several machines: they train, or stop in one line before anything is written."""
+"""Several processes without a GPU, and several machines: they train, or exit with one line before they write a file."""
 
 import os
 import shutil
@@ -37,7 +37,7 @@ raise SystemExit(run_script(run))
 
 @pytest.fixture
 def start():
-    """Start commands; what is still running at the end of the test is ended."""
+    """Start commands; those that are still running at the end of the test are killed."""
     started = []
 
     def start(command, folder, **environment):
@@ -66,12 +66,12 @@ def torchrun(*command):
 
 
 def errors(text):
-    """Our lines of an output. torch's launcher adds pages of its own, with a traceback, where a process fails."""
+    """Error lines of this package. If a process fails, torch's launcher prints a traceback, too."""
     return [line for line in text.splitlines() if line.startswith("error: ")]
 
 
 def test_script_with_two_processes_trains_on_gloo_without_a_flag(start, tmp_path):
-    """No `--use_cpu`: the command line sets it."""
+    """Without `--use_cpu`, which the command line sets."""
     process = start(torchrun(SCRIPT, *kills.FLAGS, "--max_steps", "10"), tmp_path)
     out, err = process.communicate(timeout=400)
     assert process.returncode == 0, err
@@ -80,8 +80,8 @@ def test_script_with_two_processes_trains_on_gloo_without_a_flag(start, tmp_path
     assert "Traceback" not in err and "process group" not in err
 
 
-def test_trainer_with_two_processes_without_use_cpu_is_refused_before_it_writes(start, tmp_path):
-    """The Trainer takes the processes for separate runs; they would race for one folder."""
+def test_trainer_with_two_processes_without_use_cpu_raises_before_it_writes(start, tmp_path):
+    """The Trainer treats the processes as separate runs, which would race for one folder."""
     (tmp_path / "plain.py").write_text(PLAIN)
     process = start(torchrun("plain.py"), tmp_path)
     _, err = process.communicate(timeout=400)
@@ -93,8 +93,8 @@ def test_trainer_with_two_processes_without_use_cpu_is_refused_before_it_writes(
 
 
 @pytest.mark.parametrize("overwrite", [False, True], ids=["new", "over a run"])
-def test_machines_that_share_no_disk_are_one_line_each(overwrite, start, tmp_path, finished):
-    """Two processes with current folders of their own are such machines, as output_dir is relative."""
+def test_machines_without_a_shared_disk_exit_with_one_line_each(overwrite, start, tmp_path, finished):
+    """They are simulated by two processes with different current folders, as output_dir is relative."""
     flags = [*kills.FLAGS, *(["--overwrite_run"] if overwrite else [])]
     if overwrite:
         shutil.copytree(finished / "run", tmp_path / "0" / "run")

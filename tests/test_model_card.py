@@ -1,4 +1,4 @@
-"""The model card: what it says of a model, its metadata, and the lines that load the model."""
+"""The model card: description, metadata, and the code that loads the model."""
 
 import re
 
@@ -98,7 +98,7 @@ def test_card_of_a_custom_model_needs_its_code(layers, of):
 
 
 @pytest.mark.parametrize("layers", [LAYERS, None])
-def test_card_without_saved_code_does_not_claim_it(layers):
+def test_card_without_saved_code_does_not_mention_it(layers):
     text = card(layers, model_class="MineForImageClassification", custom_code=True, has_code=False)
     (only,) = code(text)
     assert "trust_remote_code" not in text and "next to" not in text and "is not saved with the model" in text

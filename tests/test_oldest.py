@@ -1,7 +1,7 @@
-"""What must work with the oldest and the newest transformers: the script, dendrite additions, resume, save, load.
+"""Tests for the oldest and the newest transformers: the script, dendrite additions, resume, save, load.
 
-Runs with the other tests on the pinned versions. `.ci/run` runs it once more with those of `tests/oldest.txt` and of
-`tests/newest.txt`.
+They run with the other tests on the pinned versions. `.ci/run` runs them again with the versions of `tests/oldest.txt`
+and of `tests/newest.txt`.
 """
 
 import json
@@ -45,8 +45,8 @@ def test_run_adds_dendrites_and_prints_no_warning(run):
         assert noise not in log, log
 
 
-def test_named_checkpoint_resumes_to_the_same_bits(run, tmp_path):
-    """It is one with a dendrite, between two evaluations."""
+def test_named_checkpoint_resumes_bitwise_equal(run, tmp_path):
+    """The checkpoint has a dendrite and is between two evaluations."""
     first, second = results(run)["restarts"][:2]
     step = next(step for step in range(first + 1, second) if step % 7 == 0 and step % 5)
     shutil.copytree(run / "run", tmp_path / "run", ignore=shutil.ignore_patterns("final", "results.json"))
@@ -74,7 +74,7 @@ for folder in folders:
 
 
 def test_model_loads_in_a_new_process(run, tmp_path):
-    """From `final/` and from the last checkpoint, with the code that is stored there and without perforatedai."""
+    """From `final/` and from the last checkpoint, with the code that is saved there and without perforatedai."""
     final = results(run)["final"]
     *_, test = mnist.load_data(mnist.DataArguments(max_eval_samples=200))
     torch.save(test.__getitems__(list(range(len(test)))), tmp_path / "batch.pt")
@@ -132,7 +132,7 @@ def test_fixed_cycles_and_a_stream_train(tmp_path, monkeypatch):
 
 
 class ForkedTrainer(Trainer):
-    """What Perforated AI's fork of transformers has: one argument more."""
+    """The additional argument of Perforated AI's fork of transformers."""
 
     def __init__(self, *args, using_perforatedai, **kwargs):
         super().__init__(*args, **kwargs)
@@ -140,11 +140,11 @@ class ForkedTrainer(Trainer):
 
 
 class ForkedPerforatedTrainer(PerforatedTrainer, ForkedTrainer):
-    """`PerforatedTrainer` as it is with the fork."""
+    """`PerforatedTrainer` based on the Trainer of the fork."""
 
 
-def test_fork_trains_in_the_way_of_this_package(tmp_path, monkeypatch):
-    """Its own way, with `using_perforatedai`, stays off."""
+def test_fork_does_not_replace_the_training_of_this_package(tmp_path, monkeypatch):
+    """`using_perforatedai`, the training with dendrites of the fork, stays off."""
     monkeypatch.chdir(tmp_path)
     trainer = trainer_for(arguments(max_steps=2), ForkedPerforatedTrainer)
     trainer.train()

@@ -1,4 +1,4 @@
-"""The package as people install it: what it declares, what is in it, and that its import does no work."""
+"""The installed package: its dependencies, its files, and that its import does no work."""
 
 import ast
 import importlib.metadata
@@ -23,12 +23,12 @@ EXTRAS = PROJECT["optional-dependencies"]
 def ranges(lines):
     """Name and range of each package in lines of pyproject."""
     found = {(wanted := Requirement(line)).name.replace("_", "-"): wanted.specifier for line in lines}
-    found.pop("perforated-trainer", None)  # an extra that takes in another one
+    found.pop("perforated-trainer", None)  # an extra that includes another one
     return found
 
 
 def pins(file):
-    """Name and version of each package in a file of requirements, and in those that it takes in."""
+    """Name and version of each package in a requirements file, and in those that it includes."""
     found = {}
     for line in file.read_text(encoding="utf-8").splitlines():
         if line.startswith("-r "):
@@ -106,7 +106,7 @@ print(perforated_trainer.__version__, os.listdir("."))
 def test_import_does_no_work(tmp_path):
     done = python(IMPORT, tmp_path)
     assert done.returncode == 0, done.stderr
-    # torchao, which transformers imports if it is installed, logs warnings of its own
+    # torchao, which transformers imports if it is installed, logs warnings
     assert [line for line in done.stderr.splitlines() if not re.match(r"W\d{4} .*torch/utils/_pytree", line)] == []
     version, files = done.stdout.split()
     assert files == "[]" and Version(version) > Version("0")
@@ -121,7 +121,7 @@ def test_public_names_have_docstrings():
 
 @pytest.mark.slow
 def test_script_runs_without_an_installed_package(tmp_path):
-    """From a clone: Python looks next to the script."""
+    """In a clone, Python finds the package next to the script."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     command = [sys.executable, str(ROOT / "mnist_huggingface_perforatedai.py"), "--help"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
@@ -130,7 +130,7 @@ def test_script_runs_without_an_installed_package(tmp_path):
 
 @pytest.mark.slow
 def test_wheel_holds_the_package_alone(tmp_path):
-    """Built from a copy, because setuptools writes next to what it builds."""
+    """Built from a copy, because setuptools writes into the source folder."""
     try:
         tools = Version(importlib.metadata.version("setuptools"))
     except importlib.metadata.PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""Which modules get dendrites, by patterns, and how many parameters dendrites add before they are there."""
+"""Patterns that choose the modules that get dendrites, and the number of parameters that dendrites will add."""
 
 import re
 from types import SimpleNamespace
@@ -85,7 +85,7 @@ def test_patterns_choose_the_layers_that_get_dendrites():
         found = planned(BERT, module_ids_to_perforate=["q_lin", "v_lin"], **only).names
         assert found == [f"{attention}.q_lin", f"{attention}.v_lin"]
         assert planned(BERT, module_ids_to_perforate=r".*ffn.*", **only).names == [f"{ffn}.lin1", f"{ffn}.lin2"]
-        # No layer of the usual types in what it matches: then what it matches.
+        # If a match contains no layer of the usual types, the match itself gets dendrites.
         assert planned(BERT, module_ids_to_perforate=[r".*\.\d\.ffn"], **only).names == [ffn]
     tracked = ["attention", r".*\.ffn\..*", "pre_classifier"]
     assert planned(BERT, module_ids_to_track=tracked).names == ["classifier"]
@@ -103,7 +103,7 @@ def test_patterns_choose_the_layers_that_get_dendrites():
         ({"perforate_last_blocks": 0}, "last_blocks 0"),
     ],
 )
-def test_pattern_without_a_match_is_refused_with_close_names(settings, message):
+def test_pattern_without_a_match_raises_with_close_names(settings, message):
     with pytest.raises(PerforatedError, match=message):
         planned(BERT, **settings)
 

@@ -78,7 +78,7 @@ def test_plot_marks_the_kept_model_without_colors(drawn):
 
 
 @pytest.mark.parametrize("scale, kwargs", [(1.0, {}), (-3.0, {"without": -2.5}), (1e6, {"wider": 2e6}), (0.0, {})])
-def test_plot_bars_stand_on_zero_within_the_axes(drawn, scale, kwargs):
+def test_plot_bars_start_at_zero_within_the_axes(drawn, scale, kwargs):
     figure, _ = drawn(history("f1", scale=scale), "eval_f1", **kwargs)
     axes = figure.axes[1]
     low, high = axes.get_ylim()

@@ -1,4 +1,4 @@
-"""The rule on scores, alone, and compared with the tracker of perforatedai evaluation by evaluation."""
+"""The rule on scores, and its comparison with the tracker of perforatedai at each evaluation."""
 
 import contextlib
 import inspect
@@ -117,7 +117,7 @@ def test_improving_scores_never_end_a_cycle():
     assert decisions([2 - i / 10 for i in range(50)], greater_is_better=False, history_lookback=3) == {}
 
 
-def test_patience_starts_anew_in_each_cycle():
+def test_patience_restarts_in_each_cycle():
     scores = [0.5, 0.5, 0.5, 0.1, 0.2, 0.3, 0.3, 0.3]  # the second cycle improves, although below the kept score
     assert decisions(scores) == {2: ADD, 7: COMPLETE}
 
@@ -260,7 +260,7 @@ def test_mean_of_equal_scores_is_that_score(score):
 
 
 def brute_force(evaluations, beats, higher):
-    """Index of the kept one of `(number of dendrites, mean)`, from the statement of the rule."""
+    """Index of the kept model among `(number of dendrites, mean)`, directly from the definition of the rule."""
     chosen = None
     for number in sorted({number for number, _ in evaluations}):
         mean = max if higher else min
@@ -325,7 +325,7 @@ def test_score_and_its_negative_decide_alike():
 # ------------------------------------------------------------------------------------- fixed cycles, special scores
 
 
-def test_fixed_cycles_end_only_where_they_are_told_to():
+def test_fixed_cycles_end_at_end_of_cycle_only():
     scores = [0.1] * 10 + [0.2] * 10
     ends = [i in (9, 14, 19) for i in range(20)]
     assert decisions(scores, fixed=True) == {}
@@ -410,7 +410,7 @@ def states():
 
 
 @pytest.mark.parametrize("state", list(states()), ids=str)
-def test_invalid_state_is_refused_and_changes_nothing(state):
+def test_invalid_state_raises_and_changes_nothing(state):
     rule = make()
     rule.add_score(0.3)
     before = rule.state_dict()
@@ -433,7 +433,7 @@ def test_loaded_state_is_not_shared():
 
 @pytest.fixture
 def tracker(tmp_path, monkeypatch):
-    """A function that makes a run of perforatedai's tracker: `(score, force_switch) -> Outcome`."""
+    """A function that starts a run of perforatedai's tracker: `(score, force_switch) -> Outcome`."""
     torch = pytest.importorskip("torch")
     monkeypatch.setitem(sys.modules, "perforatedbp", None)  # asks for an e-mail address when it is imported
     with contextlib.redirect_stdout(io.StringIO()):
@@ -473,7 +473,7 @@ def tracker(tmp_path, monkeypatch):
             )
 
         def add_score(score, force_switch=False):
-            for module in UPA.get_pai_modules(mirror, 0):  # what it otherwise learns from a gradient
+            for module in UPA.get_pai_modules(mirror, 0):  # perforatedai sets these from a gradient
                 module.dendrite_module.dendrite_values[0].setup_arrays([1, 2])
             GPA.pai_tracker.set_optimizer_instance(torch.optim.SGD(mirror.parameters(), lr=0.1))
             before = GPA.pai_tracker.member_vars["num_dendrites_added"]
@@ -493,13 +493,13 @@ def tracker(tmp_path, monkeypatch):
 
 def compare(start, scores, ends, settings, initial_history_after_switches=-1):
     """Compare outcomes until one run is complete, or a retry helped. Returns the decisions."""
-    rule, theirs, made = make(**settings), start(SETTINGS | settings, initial_history_after_switches), []
+    rule, tracker, made = make(**settings), start(SETTINGS | settings, initial_history_after_switches), []
     for i, (score, end) in enumerate(zip(scores, ends, strict=True)):
-        ours = rule.add_score(score, end)
-        assert theirs(score, end) == ours, (i, made, scores, ends, settings)
-        made.append(ours.decision)
-        helped = ours.decision is ADD and RETRY in made  # from here on, the tracker gives one try less
-        if ours.decision is COMPLETE or helped:
+        outcome = rule.add_score(score, end)
+        assert tracker(score, end) == outcome, (i, made, scores, ends, settings)
+        made.append(outcome.decision)
+        helped = outcome.decision is ADD and RETRY in made  # from here on, the tracker allows one try fewer
+        if outcome.decision is COMPLETE or helped:
             break
     return made
 
@@ -513,7 +513,7 @@ def test_decisions_are_those_of_perforatedai(tracker):
             "n_epochs_to_switch": rng.randint(0, 3),
             "max_dendrites": rng.randint(0, 4),
             "max_dendrite_tries": rng.randint(1, 3),
-            # The tracker never accepts a score with a threshold of 100, nor do we.
+            # With a threshold of 100, neither the tracker nor the rule accepts a score.
             "improvement_threshold": rng.choice([[1e-4], [1e-3, 1e-4, 0.0], [0.0, 0.0, 100.0], [0.0, 100.0, 0.0]]),
             "fixed": rng.random() < 0.3,
         }
@@ -537,7 +537,7 @@ RETRIED = [0.1, 0.2, 0.3, 0.3, 0.3, 0.2, 0.2, 0.2, 0.4, 0.5, 0.5, 0.5] + [0.2] *
 
 
 @pytest.mark.parametrize(
-    ("scores", "settings", "theirs", "ours"),
+    ("scores", "settings", "of_perforatedai", "of_policy"),
     [
         ([0.9, 0.5, 0.5, 0.5], {}, {3: ADD}, {2: ADD}),
         ([-2.0, -1.0, 0.0, -1.0, -2.0, -3.0], {}, {5: ADD}, {4: ADD}),
@@ -553,7 +553,7 @@ RETRIED = [0.1, 0.2, 0.3, 0.3, 0.3, 0.2, 0.2, 0.2, 0.4, 0.5, 0.5, 0.5] + [0.2] *
     ],
     ids=["first", "zero", "average", "negative", "tries", "nan"],
 )
-def test_differences_from_perforatedai_are_those_that_are_listed(tracker, scores, settings, theirs, ours):
+def test_differences_from_perforatedai_are_those_that_are_listed(tracker, scores, settings, of_perforatedai, of_policy):
     """If one of these fails, perforatedai has changed: update the list in the docstring of `policy`."""
     add_score, made = tracker(SETTINGS | settings, 0), {}
     for i, score in enumerate(scores):
@@ -561,5 +561,5 @@ def test_differences_from_perforatedai_are_those_that_are_listed(tracker, scores
             made[i] = decision
         if decision is COMPLETE:
             break
-    assert made == theirs
-    assert decisions(scores, **settings) == ours
+    assert made == of_perforatedai
+    assert decisions(scores, **settings) == of_policy

@@ -1,4 +1,4 @@
-"""The comparison with LoRA on a pretrained encoder, at a tiny size, and its rules."""
+"""The comparison with LoRA on a pretrained encoder: its rules, and a run at a tiny size."""
 
 import json
 import random
@@ -62,7 +62,7 @@ def test_benchmark_tiny_model_records_all_rows_once(call, data, tmp_path):
     final = {record["row"]: record for record in records if not record["search"]}
     assert (
         list(final) == list(pretrained.ROWS) and len(records) == len(final) + 2 * 8
-    )  # eight rows have their own search
+    )  # eight rows have a separate search
     numbers = {name: record["trained_parameters"] for name, record in final.items()}
     assert (
         numbers[pretrained.LORA] == numbers[pretrained.TANH] == numbers[pretrained.IDENTITY] < numbers[pretrained.DORA]
@@ -76,7 +76,7 @@ def test_benchmark_tiny_model_records_all_rows_once(call, data, tmp_path):
         assert final[growing]["settings"] == final[baseline]["settings"]
     for record in final.values():
         assert sum(pretrained.hex_to_bits(record["correct"])) / 24 == pytest.approx(record["test_accuracy"])
-    # Interrupted and resumed: only what is missing is run, with the same outcome.
+    # Interrupted and resumed: only missing runs are made, with the same outcome.
     results.write_text("".join(f"{json.dumps(record)}\n" for record in records[:-1]))
     again = call("--seeds", 0)
     ignored = {"cpu_seconds": 0}

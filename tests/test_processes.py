@@ -1,4 +1,4 @@
-"""Several processes, less than full precision, and other flags of the Trainer through dendrite additions."""
+"""Several processes, mixed precision, and other flags of the Trainer through dendrite additions."""
 
 import json
 import os
@@ -32,7 +32,7 @@ FLAGS = [*kills.FLAGS, "--use_cpu", "--per_device_train_batch_size", "16"]
 
 @pytest.fixture(scope="session")
 def two(tmp_path_factory):
-    """Folder in which a small run of the script with two processes has ended."""
+    """Folder of a complete small run of the script with two processes."""
     folder = tmp_path_factory.mktemp("two")
     assert torchrun(folder, ROOT / "tests" / "hashing.py", *FLAGS).wait(120) == 0, (folder / "log.txt").read_text()
     return folder
@@ -57,7 +57,7 @@ def test_parameters_are_equal_in_all_processes_at_every_step(two):
     assert len(hashes[0]) == 1 + steps + steps // 5 + 1, "the start, each step and evaluation, and the end"
 
 
-def test_two_processes_killed_with_a_dendrite_resume_to_the_same_bits(two, tmp_path):
+def test_two_processes_killed_with_a_dendrite_resume_bitwise_equal(two, tmp_path):
     process = torchrun(tmp_path, ROOT / "mnist_huggingface_perforatedai.py", *FLAGS)
     deadline = time.monotonic() + 120
     while "0 -> 1 dendrite," not in (tmp_path / "log.txt").read_text() and time.monotonic() < deadline:
@@ -125,7 +125,7 @@ def test_flag_works_through_a_dendrite_addition(script, small, tmp_path, flags):
         ("--deepspeed x.json", "DistributedDataParallel"),
     ],
 )
-def test_flag_that_does_not_work_is_one_line(script, small, capfd, flags, message):
+def test_flag_that_does_not_work_exits_with_one_line(script, small, capfd, flags, message):
     assert script([*small, *flags.split()]) == 2
     error = [line for line in capfd.readouterr().err.splitlines() if "cannot be reached" not in line]
     assert len(error) == 1 and message in error[0], error

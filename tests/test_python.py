@@ -1,4 +1,4 @@
-"""Loading works on newer versions of Python, too, for which there is no perforatedai."""
+"""Loading on newer versions of Python, for which perforatedai is not available."""
 
 import os
 import shutil
@@ -68,7 +68,7 @@ def test_model_loads_without_perforatedai(saved, tmp_path):
 
 
 def test_training_without_perforatedai_names_the_reason():
-    """One sentence, which also says what works. In a process of its own: here the modules may be imported already."""
+    """One line, with what works. In a separate process, as this one may have imported the modules."""
     code = "import sys; sys.modules['perforatedai'] = None; from perforated_trainer import PerforatedTrainer"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1
@@ -78,6 +78,6 @@ def test_training_without_perforatedai_names_the_reason():
 
 @pytest.mark.skipif(newer_python() is None, reason="no Python 3.13 or later with torch and transformers is at hand")
 def test_model_loads_in_a_newer_python(saved, tmp_path):
-    """Another build of torch may round otherwise."""
+    """Another build of torch may round differently."""
     again, logits = load(newer_python(), saved, tmp_path)
     assert torch.allclose(again, logits, atol=1e-6)

@@ -1,4 +1,4 @@
-"""The code that is saved with a model: what is taken from its source, and that the folder loads with it alone."""
+"""The code that is saved with a model: what is extracted, and that the folder loads without the package."""
 
 import importlib
 import json
@@ -45,7 +45,7 @@ class Mine(PreTrainedModel):
 
 @pytest.fixture
 def load(tmp_path, monkeypatch):
-    """Import `mine.py` with this text as definition of `USED`; as a function."""
+    """A function that imports `mine.py` with a text that defines `USED`."""
     loaded = set(sys.modules)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
@@ -63,7 +63,7 @@ def load(tmp_path, monkeypatch):
 
 
 def extract(module):
-    """The text that is saved, which is run, and the names of the constants to look at."""
+    """Run the code that is saved. Returns its text and the names of the constants to review."""
     text, constants = remote_code.extract(module.Mine, module.MineConfig)
     namespace = {"__name__": "saved"}
     exec(compile(text, "saved", "exec", dont_inherit=True), namespace)
@@ -84,7 +84,7 @@ def warnings(caplog, monkeypatch):
 
 
 def save(module, folder, code=None):
-    """Save a model and its code; whether it was, and the text of its file."""
+    """Save a model and its code. Returns whether the code was saved, and its text."""
     model = module.Mine(module.MineConfig())
     model.save_pretrained(folder)
     done = (code or remote_code.ModelCode(model)).save(folder, model)
@@ -126,7 +126,7 @@ def test_extract_definitions_leave_secrets_out(load, text, kept):
         "globals()['USED'] = 'hunter2'",
     ],
 )
-def test_extract_statement_that_does_more_is_refused(load, text):
+def test_extract_statement_that_does_more_raises(load, text):
     line = refused(load(text))
     assert "\n" not in line and "hunter2" not in line and "mine.py" in line
 
@@ -278,7 +278,7 @@ def test_model_code_class_in_a_function_gives_one_warning_with_what_to_do(tmp_pa
         (CONFIG, "        from minepackage.configuration import KEY\n"),
     ],
 )
-def test_extract_import_of_another_file_of_the_project_is_refused(load, tmp_path, imports, inside):
+def test_extract_import_of_another_file_of_the_project_raises(load, tmp_path, imports, inside):
     folder = tmp_path / "minepackage"
     folder.mkdir()
     (folder / "__init__.py").write_text("")
@@ -320,7 +320,7 @@ def test_extract_notebook_takes_the_last_definition_at_the_first_place(notebook)
     assert "USED = 2" in code and not [word for word in ("nowhere", "get_ipython", "model = ") if word in code]
 
 
-def test_extract_notebook_class_of_an_older_cell_is_refused(notebook):
+def test_extract_notebook_class_of_an_older_cell_raises(notebook):
     old = notebook(HEAD, "USED = 2", CONFIG, MODEL).Mine
     module = notebook(HEAD, "USED = 2", CONFIG, MODEL, MODEL.replace("self.layer(x)", "self.layer(x + 1)"))
     assert "x + 1" in extract(module)[0]

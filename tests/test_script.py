@@ -1,4 +1,4 @@
-"""The script as its user runs it: results, reload, bad input."""
+"""The script on the command line: results, reload, bad input."""
 
 import gzip
 import json
@@ -122,7 +122,7 @@ def test_tensorboard_has_dendrites_and_parameters_in_one_run(finished):
 
 
 def predict(folder):
-    """In another process: the logits of the model that is loaded from its folder, for the test data."""
+    """The logits for the test data of the model that another process loads from its folder."""
     os.chdir(folder)
     test = load_data(DataArguments(max_train_samples=500, max_eval_samples=200))[3]
     model = load_perforated_model(MnistCnnForImageClassification, "run/final")
@@ -144,7 +144,7 @@ def test_loaded_model_has_the_score_of_the_results(finished):
     assert parameters == final["parameters"]
 
 
-def test_capacity_test_adds_three_dendrites_and_its_model_loads_to_the_same_bits(
+def test_capacity_test_adds_three_dendrites_and_its_model_loads_bitwise_equal(
     script, small, tmp_path, monkeypatch, capsys
 ):
     trainers = []
@@ -180,7 +180,7 @@ def test_complete_run_resumed_prints_its_results(finished):
     assert "the run in run is complete" in (finished / "log.txt").read_text()
 
 
-def test_same_seed_gives_the_same_bits(finished, tmp_path):
+def test_same_seed_gives_bitwise_equal_runs(finished, tmp_path):
     kills.run_to_end(tmp_path)
     assert kills.outcome(tmp_path) == kills.outcome(finished)
 
@@ -196,9 +196,9 @@ def test_augmentation_draws_for_each_image(monkeypatch):
     images = torch.rand(50, 1, 28, 28)
     first, second = augment(images), augment(images[:1].expand(50, -1, -1, -1))
     assert first.shape == images.shape and first.min() >= 0 and first.max() <= 1
-    assert len({image.sum().item() for image in second}) == 50  # a draw for each image
+    assert len({image.sum().item() for image in second}) == 50  # different random numbers for each image
     monkeypatch.setattr(torch, "rand", lambda *size, **kwargs: torch.full(size, 0.5))
-    torch.testing.assert_close(augment(images), images, atol=1e-4, rtol=0)  # no turn, no shift
+    torch.testing.assert_close(augment(images), images, atol=1e-4, rtol=0)  # no rotation, no translation
 
 
 @pytest.mark.parametrize(("flags", "steps"), [("", 300), ("--testing_dendrite_capacity", 10), ("--eval_steps 7", 7)])
@@ -278,7 +278,7 @@ def test_idx_files_are_read_and_split(tmp_path):
     assert train.dataset is validation.dataset  # the images are in memory once
     assert sorted([*train.indices, *validation.indices]) == list(range(60))
     data, chosen = train.dataset, [train.indices[3], train.indices[4]]
-    images = read_idx(str(tmp_path))[0][0].unsqueeze(1)[chosen]  # normalised as torchvision does it
+    images = read_idx(str(tmp_path))[0][0].unsqueeze(1)[chosen]  # normalized as in torchvision
     expected = v2.functional.normalize(v2.functional.to_dtype(images, torch.float32, scale=True), [0.1307], [0.3081])
     for batch in (train[[3, 4]], train.__getitems__([3, 4])):
         assert torch.equal(batch["pixel_values"], expected) and torch.equal(batch["labels"], data.labels[chosen])
@@ -316,7 +316,7 @@ def test_image_dataset_of_the_hub_is_read(tmp_path):
         load_data(DataArguments(dataset_name=str(tmp_path / "large")))
 
 
-def test_terminal_shows_a_bar_and_is_never_asked(tmp_path):
+def test_terminal_shows_a_bar_and_never_a_prompt(tmp_path):
     command = shlex.join([sys.executable, str(SCRIPT), *kills.FLAGS, "--max_steps", "15"])
     program = f"import pty, sys; sys.exit(pty.spawn(['sh', '-c', 'stty cols 150 rows 40; ' + {command!r}]) >> 8)"
     shown = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True)
@@ -356,7 +356,7 @@ def test_terminal_shows_a_bar_and_is_never_asked(tmp_path):
         ("--learning_rate fast", "--learning_rate"),
     ],
 )
-def test_bad_flag_is_one_line_and_status_2(script, tmp_path, capfd, flags, message):
+def test_bad_flag_exits_with_one_line_and_status_2(script, tmp_path, capfd, flags, message):
     (tmp_path / "ds.json").write_text("{}")
     try:
         status = script(["--max_train_samples", "100", "--max_eval_samples", "50", *flags.split()])
@@ -369,7 +369,7 @@ def test_bad_flag_is_one_line_and_status_2(script, tmp_path, capfd, flags, messa
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "magic", "text", "labels", "size"])
-def test_bad_idx_file_is_one_line(script, tmp_path, capfd, damage):
+def test_bad_idx_file_exits_with_one_line(script, tmp_path, capfd, damage):
     raw = write_idx(tmp_path / "data", size=27 if damage == "size" else 28)
     file = raw / "t10k-labels-idx1-ubyte"
     content = file.read_bytes()

@@ -1,8 +1,8 @@
-"""What the files of a run can and cannot do, one promise per test.
+"""Security of the files of a run, one guarantee per test.
 
-Files of a run may come from anywhere: a download, a shared disk, another user. A damaged or crafted file gives a
+Files of a run may come from anywhere: a download, a shared disk, another user. A damaged or crafted file raises a
 one-line error. Nothing outside the folder of a run is written or deleted, no link is followed, and in the folder only
-what a run wrote is deleted. Records of a command hold no secret.
+files that a run wrote are deleted. Recorded commands contain no secrets.
 """
 
 import json
@@ -32,7 +32,7 @@ RESULTS = {
 
 @pytest.fixture(autouse=True)
 def _no_hang():
-    """A test that waits for a FIFO fails after 60 seconds."""
+    """Fail after 60 seconds if a test waits for a FIFO."""
     signal.signal(signal.SIGALRM, lambda *_: pytest.fail("this hangs"))
     signal.alarm(60)
     yield
@@ -41,7 +41,7 @@ def _no_hang():
 
 @pytest.fixture
 def precious(tmp_path):
-    """A folder of the user outside the run, which must stay as it is."""
+    """A folder of the user outside the run. Checks at the end that it is unchanged."""
     folder = tmp_path / "precious"
     folder.mkdir()
     (folder / "thesis.tex").write_text("of the user")
@@ -78,14 +78,14 @@ def change(path, **values):
 
 
 def error_of(function, *args, **kwargs):
-    """The message of the PerforatedError that a call raises, which is one line."""
+    """The message of the PerforatedError that a call raises. Checks that it is one line."""
     with pytest.raises(PerforatedError) as caught:
         function(*args, **kwargs)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
-# ------------------------------------------------------------------------------------------ a manifest from anywhere
+# ------------------------------------------------------------------------------------------ untrusted manifests
 
 OUTSIDE = [
     "../../precious/thesis.tex",
@@ -116,7 +116,7 @@ def test_manifest_name_outside_its_folder_is_damaged_and_touches_nothing(run, pr
         change(folder / "perforated.json", files={**manifest["files"], name: digest})
         assert "is damaged" in error_of(checkpoint.check, folder), name
         assert checkpoint.complete_checkpoints(run) == [run / "checkpoint-2"]
-        checkpoint.discard(folder)  # `precious` looks after its files
+        checkpoint.discard(folder)  # the fixture `precious` checks its files
         assert [path.name for path in folder.iterdir()] == ["linked"], name
         (folder / "linked").unlink()
 
@@ -156,7 +156,7 @@ CONTENTS = {
 
 
 @pytest.mark.parametrize("content", CONTENTS.values(), ids=CONTENTS)
-def test_damaged_json_is_one_line(content, run):
+def test_damaged_json_raises_one_line(content, run):
     for path in (run / "checkpoint-4" / "perforated.json", run / "results.json"):
         path.write_bytes(content)
         assert "is damaged" in error_of(checkpoint.read_json, path)
@@ -268,7 +268,7 @@ def test_temporary_name_that_is_a_link_is_not_written_through(run, precious, mon
 
 @pytest.mark.parametrize("name", ["run.json", "final", "final.unfinished", "perforatedai"])
 @pytest.mark.parametrize("how", [{}, {"overwrite": True}, {"resumed": True}])
-def test_link_where_a_run_writes_is_refused_at_the_start(name, how, run, precious):
+def test_link_in_the_place_of_a_written_file_raises_at_the_start(name, how, run, precious):
     if os.path.lexists(run / name):
         (run / name).rename(run / f"{name}.moved")
     (run / name).symlink_to(precious)
@@ -345,7 +345,7 @@ def test_overwriting_a_run_with_damaged_manifest_deletes_known_names_only(run):
     [["../../precious/thesis.tex"], ["{root}/precious/thesis.tex"], ["linked/thesis.tex"], ["..", ""], [3, {}]],
 )
 def test_record_that_names_files_outside_deletes_nothing_there(names, run, precious, tmp_path):
-    """`precious` looks after its files."""
+    """The fixture `precious` checks its files."""
     names = [name.replace("{root}", str(tmp_path)) if isinstance(name, str) else name for name in names]
     (run / "final" / "linked").symlink_to(precious)
     change(run / "run.json", final=[*names, "config.json", "model.safetensors", "code/modeling_mnist.py"])
@@ -364,7 +364,7 @@ def test_record_without_a_list_of_files_deletes_no_model(names, run):
     assert files(run) == before
 
 
-def test_library_file_that_is_a_link_is_left_alone(run, precious):
+def test_overwriting_leaves_a_link_among_the_graphs(run, precious):
     (run / "perforatedai" / "best_model.pt").unlink()
     (run / "perforatedai" / "best_model.pt").symlink_to(precious / "thesis.tex")
     run_dir.acquire(run, "python train.py", overwrite=True)
@@ -380,8 +380,8 @@ def test_export_replaces_its_model_and_leaves_other_files(run):
 
 
 @pytest.mark.parametrize("name", ["config.json", "adapter_config.json", "dendrites.json"])
-def test_foreign_model_in_final_is_refused_at_the_start(name, tmp_path):
-    """Not after hours of training, when the model cannot be moved there."""
+def test_foreign_model_in_final_raises_at_the_start(name, tmp_path):
+    """Before the training, not when the model cannot be moved there after it."""
     run_dir.acquire(tmp_path, "python train.py")
     (tmp_path / "final").mkdir()
     (tmp_path / "final" / name).write_text("of the user")
@@ -390,7 +390,7 @@ def test_foreign_model_in_final_is_refused_at_the_start(name, tmp_path):
     assert (tmp_path / "final" / name).read_text() == "of the user"
 
 
-def test_export_over_a_file_of_the_user_is_refused(run):
+def test_export_over_a_file_of_the_user_raises(run):
     (run / "final" / "README.md").write_text("of the user")
     message = error_of(move, run, "config.json", "README.md")
     assert "final/README.md was not written by this run: move it away" in message
@@ -407,7 +407,7 @@ def test_export_after_a_kill_moves_all_files(run):
 # -------------------------------------------------------------------------------------------------------- acquiring
 
 
-def test_two_starts_in_one_empty_folder_one_wins(tmp_path):
+def test_two_starts_in_one_empty_folder_only_one_acquires_it(tmp_path):
     for number in range(20):
         barrier, answers = threading.Barrier(2), []
 
@@ -428,8 +428,8 @@ def test_two_starts_in_one_empty_folder_one_wins(tmp_path):
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_start_after_the_check_of_another_gets_its_line(overwrite, tmp_path, monkeypatch):
-    """Both have found the folder empty before either has acquired it."""
+def test_start_after_the_check_of_another_run_raises(overwrite, tmp_path, monkeypatch):
+    """Both found the folder empty before one of them acquired it."""
     is_free = run_dir.check_free
 
     def check_free(*args, **kwargs):
@@ -452,7 +452,7 @@ def test_scores_of_this_process_do_not_make_its_folder_taken(tmp_path):
 
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("resumed", [False, True])
-def test_folder_of_something_else_is_refused(overwrite, resumed, precious):
+def test_folder_of_something_else_raises(overwrite, resumed, precious):
     message = error_of(run_dir.acquire, precious, "python train.py", overwrite=overwrite, resumed=resumed)
     assert "is not empty and holds no run" in message
 
@@ -466,7 +466,7 @@ def test_folder_with_checkpoints_alone_can_be_resumed(run, tmp_path):
     assert steps(run) == [2, 4]
 
 
-def test_folder_that_is_a_file_is_refused(tmp_path):
+def test_folder_that_is_a_file_raises(tmp_path):
     (tmp_path / "file").write_text("of the user")
     (tmp_path / "broken").symlink_to(tmp_path / "nowhere")
     for name in ("file", "broken"):
@@ -474,7 +474,7 @@ def test_folder_that_is_a_file_is_refused(tmp_path):
 
 
 def test_folder_of_the_run_may_be_a_link(tmp_path):
-    """Runs are often on another disk than the scripts."""
+    """Runs are often stored on another disk than the scripts."""
     (tmp_path / "disk").mkdir()
     (tmp_path / "run").symlink_to(tmp_path / "disk")
     run_dir.acquire(tmp_path / "run", "python train.py")
@@ -499,7 +499,7 @@ def test_folder_of_any_name_works(name, tmp_path, monkeypatch):
     assert files(folder) == {"run.json"}
 
 
-def test_control_does_not_overwrite_its_run(run, tmp_path):
+def test_baseline_does_not_overwrite_its_run(run, tmp_path):
     before = files(run)
     (tmp_path / "alias").symlink_to(run)
     for folder in (run, tmp_path / "alias", tmp_path / "precious" / ".." / "run"):
@@ -535,14 +535,14 @@ BAD = {
 }
 
 
-def test_results_entry_of_wrong_type_is_one_line(run):
+def test_results_entry_of_wrong_type_raises_one_line(run):
     assert run_dir.results_of(run) == RESULTS
     for name, value in [(name, value) for name, values in BAD.items() for value in values]:
         checkpoint.write_whole(run / "results.json", json.dumps(RESULTS | {name: value}))
         assert f"no valid entry {name!r}" in error_of(run_dir.results_of, run), value
 
 
-def test_results_score_that_is_no_number_is_one_line(run):
+def test_results_score_that_is_no_number_raises_one_line(run):
     change(run / "results.json", final=RESULTS["final"] | {"test_accuracy": "high"})
     assert "'test_accuracy' is not a number" in error_of(run_dir.results_of, run)
 
@@ -572,7 +572,7 @@ def test_damaged_log_of_the_run_to_compare_with_is_a_warning(state, run, capsys)
     assert "run.png cannot be drawn" in "".join(capsys.readouterr())
 
 
-def test_results_of_other_runs_are_refused(run, tmp_path):
+def test_results_of_other_runs_raise(run, tmp_path):
     assert "no run in this folder" in error_of(run_dir.results_of, tmp_path)
     weights = run / "final" / "model.safetensors"
     weights.rename(tmp_path / "moved")

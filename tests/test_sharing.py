@@ -1,4 +1,4 @@
-"""What was trained next to a frozen base: saved without the base, loaded onto it, on a quantized base, and resumed."""
+"""Dendrites with a frozen base: saved without the base, loaded onto it, on a quantized base, and resumed."""
 
 import json
 import os
@@ -91,7 +91,7 @@ def same_values(first, second):
     return all(sharing.fingerprint(first[name]) == sharing.fingerprint(second[name]) for name in first)
 
 
-def test_dendrites_only_loads_in_three_ways_to_equal_bits(capsys):
+def test_dendrites_only_loads_bitwise_equal_in_three_ways(capsys):
     run = trained()
     run.save_model("only", dendrites_only=True)
     assert "the base is known by a path of this machine, body" in capsys.readouterr().out
@@ -151,7 +151,7 @@ def test_final_is_self_contained_and_checkpoints_hold_the_trained_part():
 
 
 @pytest.mark.parametrize("make", [base, quantized])
-def test_resume_with_frozen_base_gives_the_same_bits(make):
+def test_resume_with_frozen_base_is_bitwise_equal(make):
     whole = trained(make())
     for step in (6, 8):
         Path(f"run/checkpoint-{step}").rename(f"later-{step}")
@@ -183,7 +183,7 @@ def test_training_continues_from_loaded_dendrites_with_their_base():
 
 
 @pytest.mark.parametrize("make", [quantized, quantized_by_transformers])
-def test_quantized_base_trains_saves_and_loads_equal_bits(make):
+def test_quantized_base_trains_saves_and_loads_bitwise_equal(make):
     run = trained(make())
     assert run.num_dendrites == 2
     run.save_results()  # `final/` cannot hold a base that no file has
@@ -205,9 +205,9 @@ def test_quantized_base_without_rank_or_freeze_raises_one_line(changes):
         trainer(quantized(), **changes)
 
 
-def test_quantized_layer_of_another_class_is_called_as_it_is():
+def test_quantized_layer_of_another_class_is_called_unchanged():
     class Int8Linear(nn.Linear):
-        """As bitsandbytes has it: another class, with weights that are no parameters that train."""
+        """A layer as in bitsandbytes: a subclass whose weights are not trainable."""
 
         def __init__(self, linear):
             super().__init__(linear.in_features, linear.out_features)
@@ -228,7 +228,7 @@ def test_quantized_layer_of_another_class_is_called_as_it_is():
     assert layer.dendrite_up.grad is not None and layer.weight.grad is None
 
 
-# ------------------------------------------------------------------------------------------------------------ refusals
+# ------------------------------------------------------------------------------------------------------------ errors
 
 
 def test_dendrites_only_without_name_of_the_base_raises_one_line():
@@ -310,7 +310,7 @@ def test_load_dendrites_without_a_folder_raises_one_line():
         load_dendrites(base(), "nowhere")
 
 
-def test_base_that_is_itself_dendrites_alone_is_refused():
+def test_base_that_is_dendrites_only_raises():
     run = trainer(base())
     run.save_model("only", dendrites_only=True)
     config = json.loads(Path("only/config.json").read_text())

@@ -1,4 +1,4 @@
-"""The sweep with Optuna: killed in the middle of a trial, continued, and what raises an error."""
+"""The search with Optuna: killed in the middle of a trial, resumed, and its errors."""
 
 import fcntl
 import os
@@ -23,14 +23,14 @@ VARIED = {
     "dendrite_learning_rate_factor",
 }
 
-# A script that only writes what the sweep reads: its loss is its patience, and its first run fails.
+# A script that only writes what the sweep reads. Its loss equals its patience, and its first run fails.
 SCRIPT = """
 import json, sys
 from pathlib import Path
 flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 folder = Path(flags["--output_dir"])
 if folder.name == "trial-0":
-    sys.exit("much is said\\nerror: the first run fails")
+    sys.exit("more output\\nerror: the first run fails")
 folder.mkdir()
 better = flags["--greater_is_better"] == "True"
 cycles = [{"best_validation": float(flags["--n_epochs_to_switch"]) + more} for more in (1, 0, 2)]
@@ -76,7 +76,7 @@ def test_sweep_that_is_killed_continues(tmp_path):
 def test_trial_that_fails_does_not_end_the_sweep(tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
     first = call(tmp_path, "script.py", "--num_trials", "1", "--metric", "loss")
-    assert first.returncode == 2 and first.stderr == "error: each trial failed; sweep/trial-*.log have their output\n"
+    assert first.returncode == 2 and first.stderr == "error: all trials failed; see sweep/trial-*.log\n"
     assert first.stdout.startswith("trial 0: failed") and first.stdout.endswith("; error: the first run fails\n")
     done = call(tmp_path, "script.py", "--num_trials", "4", "--metric", "loss")
     assert done.returncode == 0 and [line[:9] for line in done.stdout.splitlines()[:-1]] == [
@@ -99,10 +99,10 @@ def test_trial_that_fails_does_not_end_the_sweep(tmp_path):
 
 
 def test_trial_that_is_stopped_stops_the_sweep(tmp_path):
-    """As one that gets SIGTERM: it saves a checkpoint, and is not failed."""
+    """A trial that receives SIGTERM saves a checkpoint and is not recorded as failed."""
     (tmp_path / "script.py").write_text("raise SystemExit(143)")
     done = call(tmp_path, "script.py")
-    assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped; the same command goes on\n")
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped; rerun the same command to resume\n")
     assert [trial.state for trial in study(tmp_path).trials] == [TrialState.RUNNING]
 
 
@@ -137,7 +137,7 @@ def damaged_file(folder):
         (None, ["script.py", "--num_trials", "many"], "invalid int"),
     ],
 )
-def test_bad_input_is_one_line(tmp_path, before, flags, message):
+def test_bad_input_exits_with_one_line(tmp_path, before, flags, message):
     (tmp_path / "script.py").write_text(SCRIPT)
     if before:
         before(tmp_path / "sweep")
@@ -148,7 +148,7 @@ def test_bad_input_is_one_line(tmp_path, before, flags, message):
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == files
 
 
-def test_without_optuna_is_one_line(tmp_path):
-    """An interpreter that finds no packages."""
+def test_without_optuna_exits_with_one_line(tmp_path):
+    """The interpreter is started without site-packages."""
     done = subprocess.run([sys.executable, "-S", *SWEEP[1:], "script.py"], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (2, "error: Optuna is missing: pip install optuna\n")

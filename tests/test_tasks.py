@@ -1,4 +1,4 @@
-"""Scripts of transformers for six tasks, changed as docs/any_script.md says and run with its flags."""
+"""Scripts of transformers for six tasks, changed as in docs/any_script.md and run with its flags."""
 
 import json
 import re
@@ -26,7 +26,7 @@ TASKS = {  # the class that loads the model
     "causal_language_modeling": "AutoModelForCausalLM",
     "translation": "AutoModelForSeq2SeqLM",
 }
-# After the page's flags: cycles of one epoch, and more tries of a dendrite that does not help.
+# Added to the flags of the page: cycles of one epoch, and more tries for a dendrite that does not help.
 SHORT = "--output_dir run --max_dendrites 2 --max_dendrite_tries 3 --save_strategy no --use_cpu --report_to none "
 SHORT += "--per_device_eval_batch_size 64 --per_device_train_batch_size "
 OWN = {
@@ -40,7 +40,7 @@ OWN = {
 
 
 def section(task):
-    """The part of the page on a task."""
+    """The section of the page for a task."""
     (text,) = [text for text in SECTIONS if text.split(":")[0].lower().replace(" ", "_") == task]
     return text
 
@@ -52,7 +52,7 @@ def blocks(kind, text):
 def turn(script, diff, own_lines=False):
     """Apply a diff. Its parts are separated by an empty line; each occurs in the script, at some indentation.
 
-    A script with `own_lines` need not have all of them.
+    If a script has `own_lines`, not every part must occur.
     """
     for part in diff.strip("\n").split("\n\n"):
         lines, found = part.splitlines(), False
@@ -110,13 +110,13 @@ def test_task_trains_improves_and_loads(task, monkeypatch):
     assert trainer.stopped_by == "tracker" and trainer.state.global_step == number * steps
     assert trainer.restarts == [steps * n for n in range(1, number)]
 
-    # The script's own metric decides, and it is better with dendrites.
+    # The metric of the script decides, and it is better with dendrites.
     metric = trainer.args.metric_for_best_model
     assert trainer.args.greater_is_better == (metric != "loss")
     scores = [cycle["best_validation"] * (-1 if metric == "loss" else 1) for cycle in cycles]
     assert final and scores[final] == max(scores) > scores[0]
 
-    # What is saved is what was trained, and the stock Trainer gets the script's own scores from it.
+    # The saved model is the trained one: the stock Trainer gets the scores of the script from it.
     kind = Seq2SeqTrainer if task == "translation" else Trainer
     model = getattr(transformers, TASKS[task]).from_pretrained("run").eval()
     layers = layers_with_dendrites(model).values()
@@ -134,7 +134,7 @@ def test_task_trains_improves_and_loads(task, monkeypatch):
     }
     assert f"eval_{metric}" in scores and {name: results[name] for name in scores} == pytest.approx(scores, abs=1e-4)
 
-    # The rest of the script has done its work.
+    # The rest of the script has run.
     assert {"train_loss", "train_samples", "eval_samples"} <= results.keys()
     assert ("perplexity" in results) == ("modeling" in task)
     assert ("predict_loss" in results) == (task in ("token_classification", "translation"))
@@ -148,7 +148,7 @@ def test_task_trains_improves_and_loads(task, monkeypatch):
 
 
 def test_flags_are_read_from_a_file(monkeypatch):
-    """A script takes one file of flags as well."""
+    """A script also accepts a JSON file of flags."""
     values = {"output_dir": "run", "use_cpu": True, "report_to": "none", "do_train": True, "do_eval": True}
     values |= {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 2, "metric_for_best_model": "accuracy"}
     Path("flags.json").write_text(json.dumps(values | {"switch_mode": "fixed", "max_dendrites": 7}))

@@ -1,4 +1,4 @@
-"""The example of text classification, on a small CSV and a tiny pretrained body."""
+"""The text classification example on a small CSV file and a tiny pretrained body."""
 
 import csv
 import json

@@ -1,4 +1,4 @@
-"""The speed benchmark runs, and prints what benchmarks/README.md shows; its times are not judged."""
+"""The speed benchmark runs and prints the tables of benchmarks/README.md; the times are not tested."""
 
 import re
 import subprocess
