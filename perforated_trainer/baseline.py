@@ -20,15 +20,16 @@ _OWN = {"control_of", "doing_pai", "num_initial_dendrites"}  # arguments by whic
 
 
 class StopWithRunCallback(TrainerCallback):
-    """Ends the baseline at the step at which its run ended, after an evaluation."""
+    """Ends the baseline at the step at which its run ended, after an evaluation if the run made one there."""
 
-    def __init__(self, last_step: int):
-        self.last_step = last_step
+    def __init__(self, last_step: int, evaluates: bool = True):
+        self.last_step, self.evaluates = last_step, evaluates
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step >= self.last_step:
             control.should_training_stop = True
-            if args.eval_strategy == "steps":  # with "epoch" the Trainer evaluates whenever an epoch ends or is cut
+            # With "epoch" the Trainer evaluates whenever an epoch ends or is cut.
+            if args.eval_strategy == "steps" and self.evaluates:
                 control.should_evaluate = True
 
 
@@ -61,7 +62,8 @@ class Baseline(Growth):
         self.run_dir = Path(args.control_of)
         self.results = run_dir.results_of(self.run_dir, from_command_line)
         self.restarts, self.last_step = self.results["restarts"], self.results["global_step"]
-        self.callback = StopWithRunCallback(self.last_step)
+        evaluates = self.results.get("last_evaluation", self.last_step) == self.last_step
+        self.callback = StopWithRunCallback(self.last_step, evaluates)
         own = dataclasses.replace(args, doing_pai=False, switch_mode="fixed")  # its policy ends no cycle by itself
         super().__init__(model, own, plan, metric, greater_is_better)
 

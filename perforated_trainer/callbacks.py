@@ -82,13 +82,13 @@ class DendriteProgressCallback(TrainerCallback):
 
 
 class FiniteLossCallback(TrainerCallback):
-    """Ends the run with PerforatedError where loss or gradient are no longer finite, before a checkpoint of that."""
+    """Ends the run with PerforatedError if the training loss or the gradient is not finite, before a checkpoint."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        for name, value in logs.items():
-            # With fp16 the gradient scaler skips a step whose gradient is not finite, and continues.
-            watched = name.endswith("loss") or (name == "grad_norm" and not args.fp16)
-            if watched and not math.isfinite(value):
+        # With fp16 the gradient scaler skips a step whose gradient is not finite, and continues.
+        for name in ("loss", "train_loss") if args.fp16 else ("loss", "train_loss", "grad_norm"):
+            value = logs.get(name)
+            if isinstance(value, (int, float)) and not math.isfinite(value):
                 raise PerforatedError(
                     f"{name} became {value} at step {state.global_step}. The last checkpoint and the best model so far "
                     f"are kept in {args.output_dir}; try a lower --learning_rate",
@@ -139,7 +139,12 @@ class PlotCallback(TrainerCallback):
                         shutil.copyfile(file, temporary)
                 greater, cycles = args.greater_is_better, trainer.cycles()
                 plot.draw(
-                    state.log_history, trainer.score_name, greater, path, kept_dendrites=kept_dendrites, cycles=cycles
+                    trainer.growth.evaluations,
+                    trainer.score_name,
+                    greater,
+                    path,
+                    kept_dendrites=kept_dendrites,
+                    cycles=cycles,
                 )
             except OSError as error:  # a full disk, for example; the training needs no plot
                 say(f"warning: {path} cannot be drawn: {error}")

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from .arguments import PerforatedError
 
-FORMAT = 3  # 1: the single file `perforated_trainer.py`; 2: the network three times, as perforatedai trains it
+FORMAT = 4  # 1: one file `perforated_trainer.py`; 2: the network three times; 3: the evaluations in the log only
 MANIFEST = "perforated.json"
 MARK = f"{MANIFEST}.unfinished"  # of a checkpoint that is being written or deleted
 STATE = "trainer_state.json"  # each checkpoint of a Trainer has one

@@ -12,8 +12,7 @@ from pathlib import Path
 
 import numpy as np
 from torch import nn
-from transformers import DefaultFlowCallback, EvalPrediction, Trainer
-from transformers.trainer_callback import CallbackHandler
+from transformers import EvalPrediction, Trainer
 from transformers.utils import logging
 
 from . import _compat, report
@@ -73,10 +72,17 @@ def compare(
         "test_examples": examples,
     }
     better = (compared["difference"] > 0) == bool(trainer.args.greater_is_better)
-    return compared | {"verdict": sentence(compared, better, results["final"]["dendrites"], reason)}
+    no_test = f"the test data has no {name}" if trainer.test_dataset is not None else "there was no test data"
+    verdict = sentence(compared, better, results["final"]["dendrites"], reason, no_test)
+    initial = trainer.growth.initial_weights
+    if trainer.growth.same_network and results.get("initial_weights", initial) != initial:
+        verdict += " The baseline did not begin with the weights with which the run began."
+    return compared | {"verdict": verdict}
 
 
-def sentence(compared: dict, better: bool, dendrites: int, reason: str | None = None) -> str:
+def sentence(
+    compared: dict, better: bool, dendrites: int, reason: str | None = None, no_test: str = "there was no test data"
+) -> str:
     """The comparison in words.
 
     Args:
@@ -84,6 +90,7 @@ def sentence(compared: dict, better: bool, dendrites: int, reason: str | None = 
         better (`bool`): Whether the score with dendrites is the better one.
         dendrites (`int`): Number of dendrites of the run's model.
         reason (`str`, *optional*): Why there is no confidence interval.
+        no_test (`str`): Why validation scores are compared, if they are.
 
     Returns:
         `str`: One to four sentences.
@@ -106,7 +113,7 @@ def sentence(compared: dict, better: bool, dendrites: int, reason: str | None = 
     if interval is not None:
         words += f"; {compared['test_examples']:,} {part} examples)."
     if part == "validation":
-        words += " These are validation scores, by which both models were selected: there was no test data."
+        words += f" These are validation scores, by which both models were selected: {no_test}."
     return words if dendrites else f"The run kept no dendrite. {words}"
 
 
@@ -121,6 +128,8 @@ def _interval(trainer, name, part, data, folder, load) -> tuple[list[float], int
         raise _NoInterval("the metric has no values for single examples")
     if trainer.args.batch_eval_metrics:
         raise _NoInterval("the metric is summed up over batches (batch_eval_metrics)")
+    if not trainer.args.eval_do_concat_batches:
+        raise _NoInterval("predictions are kept by batch (eval_do_concat_batches)")
     model = _load(load or (lambda path: type(trainer.model).from_pretrained(path)), folder)
     baseline = _predictions(trainer, data, part)
     try:
@@ -166,20 +175,17 @@ def _one_line(error: Exception) -> str:
 
 def _predictions(trainer, data, part: str) -> EvalPrediction | None:
     """What `compute_metrics` receives for `data`: the Trainer gathers it, pads it and generates text."""
-    seen, before = [], (trainer.compute_metrics, trainer.callback_handler)
+    seen, before = [], trainer.compute_metrics
 
     def keep(prediction):
         seen.append(prediction)
         return {}
 
-    # No callback receives it: this is no evaluation of the run.
-    flow = [DefaultFlowCallback()]  # without it the handler warns
-    handler = CallbackHandler(flow, trainer.model, trainer.processing_class, trainer.optimizer, trainer.lr_scheduler)
-    trainer.compute_metrics, trainer.callback_handler = keep, handler
+    trainer.compute_metrics = keep
     try:
-        trainer.predict(data, metric_key_prefix=part)
+        trainer.scores(data, part)
     finally:
-        trainer.compute_metrics, trainer.callback_handler = before
+        trainer.compute_metrics = before
     return seen[-1] if seen else None
 
 

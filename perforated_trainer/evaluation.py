@@ -3,6 +3,7 @@
 import contextlib
 import math
 import random
+import re
 from collections.abc import Iterator
 from types import CodeType
 
@@ -51,10 +52,49 @@ class EvaluatingTrainer(ExportingTrainer):
         """As `Trainer.evaluate`; while training, the test data is evaluated afterwards, for the report."""
         metrics = self._last_metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix, **kwargs)
         if self.is_in_train and eval_dataset is None and self.test_dataset is not None:
+            self._ignored_keys = ignore_keys
             with same_random_numbers():
-                self.test_metrics = self.predict(self.test_dataset, ignore_keys, "test", **kwargs).metrics
+                self.test_metrics = self._predicted(self.test_dataset, "test", **kwargs)
             self.log(dict(self.test_metrics))
         return metrics
+
+    _ignored_keys = None  # of the outputs of the model, as `train` received them
+
+    def _predicted(self, data, prefix: str, **kwargs) -> dict:
+        """Metrics of the test data, which may be several data sets by name."""
+        parts = {f"{prefix}_{name}": part for name, part in data.items()} if isinstance(data, dict) else {prefix: data}
+        outputs = [self.predict(part, self._ignored_keys, name, **kwargs) for name, part in parts.items()]
+        return {name: value for output in outputs for name, value in output.metrics.items()}
+
+    def scores(self, data, part: str) -> dict:
+        """Metrics of the model as it is now, evaluated as while training, for the record.
+
+        Args:
+            data (`Dataset` or `dict`): The data.
+            part (`str`): "validation" or "test": the beginning of the names.
+        """
+        with self.unrecorded():
+            if part == "test":
+                return self._predicted(data, part)
+            # With the usual prefix: an `evaluate` of the user's may read metrics by their names.
+            metrics = self.evaluate(data, ignore_keys=self._ignored_keys)
+            return {re.sub("^eval_", f"{part}_", name): value for name, value in metrics.items()}
+
+    @contextlib.contextmanager
+    def unrecorded(self) -> Iterator[None]:
+        """In a `with` block, no evaluation is logged or received by a callback, and no weight changes its type.
+
+        Outside of a training, `fp16_full_eval` and `bf16_full_eval` would convert the model itself.
+        """
+        handler, args = self.callback_handler, self.args
+        before = handler.callbacks, handler.eval_dataloader, args.fp16_full_eval, args.bf16_full_eval
+        handler.callbacks, args.fp16_full_eval, args.bf16_full_eval = [], False, False
+        self.log = lambda *args, **kwargs: None
+        try:
+            yield
+        finally:
+            del self.log
+            handler.callbacks, handler.eval_dataloader, args.fp16_full_eval, args.bf16_full_eval = before
 
     def get_test_dataloader(self, test_dataset):
         """As `Trainer.get_test_dataloader`; with persistent workers the loader of the test data is kept."""
@@ -124,17 +164,10 @@ class EvaluatingTrainer(ExportingTrainer):
 
     def _metrics_of(self, parts: dict) -> dict:
         """The metrics of data sets by name, without a trace."""
-        handler, metrics = self.callback_handler, {}
-        before = handler.callbacks, handler.eval_dataloader
-        handler.callbacks = []
-        only_loss = True if self.compute_metrics is None else None
-        try:
-            with same_random_numbers():
-                for name, data in parts.items():
-                    prefix = f"eval_{name}" if name else "eval"
-                    loader = Trainer.get_eval_dataloader(self, data)
-                    output = self.evaluation_loop(loader, "Evaluation", only_loss, metric_key_prefix=prefix)
-                    metrics |= output.metrics
-        finally:
-            handler.callbacks, handler.eval_dataloader = before
+        metrics, only_loss = {}, True if self.compute_metrics is None else None
+        with self.unrecorded(), same_random_numbers():
+            for name, data in parts.items():
+                prefix = f"eval_{name}" if name else "eval"
+                loader = Trainer.get_eval_dataloader(self, data)
+                metrics |= self.evaluation_loop(loader, "Evaluation", only_loss, metric_key_prefix=prefix).metrics
         return metrics

@@ -15,6 +15,7 @@ from transformers.utils import logging
 from . import checkpoint, layers, loading, model_card, plot, report, run_dir, sharing
 from .arguments import PerforatedError, from_command_line, plain_hints, run_name
 from .callbacks import say
+from .growth import STATE
 from .layers import base_class
 from .remote_code import ModelCode, auto_classes
 
@@ -123,9 +124,8 @@ class ExportingTrainer(Trainer):
 
     def cycles(self) -> list[dict]:
         """For each number of dendrites: parameters, the best validation score, its step and the other scores there."""
-        lookback = self.dendrite_args.history_lookback
-        history, greater = self.state.log_history, self.args.greater_is_better
-        return report.cycles(history, self.score_name, greater, lookback, self.restarts)
+        lookback, rows = self.dendrite_args.history_lookback, self.growth.evaluations
+        return report.cycles(rows, self.score_name, self.args.greater_is_better, lookback, self.restarts)
 
     @plain_hints
     def save_results(self, dataset: dict | None = None) -> dict:
@@ -145,7 +145,7 @@ class ExportingTrainer(Trainer):
         final = {"dendrites": self.num_dendrites, "parameters": self.num_parameters}
         for data, part in ((self.eval_dataset, "validation"), (self.test_dataset, "test")):
             if data is not None:
-                scores = self._scores(data, part)
+                scores = self.scores(data, part)
                 final |= {name: score for name, score in scores.items() if report.is_reported(name, self.score_name)}
         self.results = {
             "stopped_by": self.stopped_by,
@@ -158,6 +158,8 @@ class ExportingTrainer(Trainer):
             "final": final,
             "global_step": self.state.global_step,
             "restarts": [step for step in self.restarts if step < self.state.global_step],
+            "last_evaluation": self.growth.evaluations[-1]["step"] if self.growth.evaluations else 0,
+            "initial_weights": self.growth.initial_weights,
             "train_seconds": round(self.train_seconds, 3),
             "steps_per_second": round(self.state.global_step / max(self.train_seconds, 1e-9), 1),
             "settings": self.settings(),
@@ -169,7 +171,10 @@ class ExportingTrainer(Trainer):
                 p.numel() for name, p in self.model.named_parameters() if not re.search(r"(^|\.)dendrite", name)
             )
         run = self.dendrite_args.control_of
-        if run and self.stopped_by == "tracker":  # else it was not as long
+        if run and self.stopped_by != "tracker":
+            last = f"this baseline ended at step {self.state.global_step:,}, its run at {self.growth.last_step:,}"
+            say(f"note: there is no comparison: {last}")
+        elif run:
             from .comparison import compare
 
             self.results["control"] = compare(self, self.growth.results, final, Path(run), load=self.load_model)
@@ -183,16 +188,6 @@ class ExportingTrainer(Trainer):
         if self.dendrite_args.testing_dendrite_capacity:
             say(f"Largest memory in use: {report.peak_memory()}")
         return self.results
-
-    def _scores(self, data, part: str) -> dict:
-        """Scores of the model. Callbacks have seen the evaluations of the training; these are for the record."""
-        if isinstance(data, dict):
-            return {
-                name: score
-                for key, one in data.items()
-                for name, score in self.predict(one, metric_key_prefix=f"{part}_{key}").metrics.items()
-            }
-        return self.predict(data, metric_key_prefix=part).metrics
 
     def load_model(self, folder: Path) -> nn.Module:
         """Load a model of this trainer's kind from what `save_model` wrote."""
@@ -208,7 +203,7 @@ class ExportingTrainer(Trainer):
         path, results = run_dir.plot_path(run), self.growth.results
         try:
             plot.draw(
-                checkpoint.read_json(steps[-1] / checkpoint.STATE, limit=2**28)["log_history"],
+                checkpoint.read_json(steps[-1] / STATE, limit=2**28)["evaluations"],
                 self.score_name,
                 self.args.greater_is_better,
                 path,

@@ -6,6 +6,7 @@ The network is changed in place. Between two evaluations it is the network that 
 import contextlib
 import json
 import math
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,6 +39,9 @@ class Growth:
         policy (`Policy`): Decides.
         library (`PAITracker`, *optional*): Makes each dendrite; None for a baseline.
         notes (`list[str]`): Messages since they were last read.
+        evaluations (`list[dict]`): For each score that the policy has received step, dendrites, parameters and the
+            metrics of that evaluation.
+        initial_weights (`str`): A checksum of what is trained, without dendrites, as it was before the training.
         unused (`set[str]`): Layers that no training step has used so far.
     """
 
@@ -49,7 +53,7 @@ class Growth:
         self._dimensions: dict[str, list[int]] = {}
         before = convert.num_dendrites_of(model)
         initial = max(args.num_initial_dendrites - before, 0) if args.doing_pai else 0
-        self.library = self._library()
+        self.library, self.unused = self._library(), set()
         for _ in range(initial):
             self._add_to(plan.names)
         self.policy = Policy(
@@ -65,15 +69,23 @@ class Growth:
             capacity_test=args.testing_dendrite_capacity,
         )
         self.notes: list[str] = []
+        self.evaluations: list[dict] = []
+        self.initial_weights = ""
         self._best: dict[str, torch.Tensor] = {}  # on the CPU
         self._best_numbers: dict[str, int] = {}
         self._best_step: int | None = None
         self._best_is_here = False  # whether the network has the best weights now
-        # Layers that no training step has used so far; those of a frozen base get no gradient that would tell.
-        self.unused = set() if args.freeze_base else {n for n in plan.names if self._parameters(n)}
+        # Layers that no training step has used so far. One that is frozen has no gradient that tells, its dendrites do.
+        self.unused = {name for name in plan.names if self._parameters(name)}
 
     def _library(self) -> PAITracker | None:
         return PAITracker(self.args, self._metric, self._greater_is_better)
+
+    def note_initial_weights(self) -> None:
+        """Set `initial_weights`, before the training."""
+        weights = self._weights()
+        found = sorted(sharing.fingerprint(weights[name]) for name in self._base_of(weights))  # a joined one is renamed
+        self.initial_weights = f"{zlib.crc32(''.join(found).encode()):08x}"
 
     # ------------------------------------------------------------------------------------------------ what is now
 
@@ -206,8 +218,7 @@ class Growth:
         unknown = {name for name in self.plan.names if self._lacks_dimensions(name)}
         names = [name for name in self.plan.names if name not in self.unused | unknown]
         if left := [name for name in self.plan.names if name not in names]:
-            shown = ", ".join(left[:5]) + (f" and {len(left) - 5} more" if len(left) > 5 else "")
-            self.notes.append(f"note: no training step has used {shown}: no dendrites there")
+            self.notes.append(f"note: no training step has used {_shown(left)}: no dendrites there")
         if not names:
             raise PerforatedError(
                 f"no training step has used {', '.join(self.plan.names[:5])}: give dendrites to other layers, "
@@ -221,12 +232,14 @@ class Growth:
 
     def _add_to(self, names: list[str]) -> None:
         training = self.model.training
+        frozen = {name for name in names if not self._parameters(name)}
         for name in names:
             layer = self._resize(name, self._number(name) + 1)
             layers.set_dendrite(layer, layer.num_dendrites - 1, self.library.new_dendrite(layer))
             layer.train(training)
         layers.compute_in_full(self.model)
         self._best_is_here = False
+        self.unused |= frozen
 
     def _number(self, name: str) -> int:
         return getattr(self.model.get_submodule(name), "num_dendrites", 0)
@@ -252,13 +265,19 @@ class Growth:
     # ---------------------------------------------------------------------------------------------- the best weights
 
     def _weights(self) -> dict[str, torch.Tensor]:
-        """What a training changes: the parameters that are trained, and the buffers that are saved."""
-        return sharing.trained_part(self.model)
+        """What a training can change. Without `freeze_base`, a callback may freeze layers and train them later."""
+        return sharing.trained_part(self.model, frozen=not self.args.freeze_base)
 
     def _keep(self, step: int) -> None:
+        if self._best and (new := self._base_of(self._weights()) - self._base_of(self._best)):
+            raise PerforatedError(f"{min(new)} was frozen by --freeze_base and is trained now: --modules_to_train")
         self._best = {name: value.detach().to("cpu", copy=True) for name, value in self._weights().items()}
         self._best_numbers = self._numbers()
         self._best_step, self._best_is_here = step, True
+
+    @staticmethod
+    def _base_of(weights: dict) -> set[str]:
+        return {name for name in weights if not any(part.startswith("dendrite") for part in name.split("."))}
 
     def _numbers(self) -> dict[str, int]:
         return {name: layer.num_dendrites for name, layer in layers.layers_with_dendrites(self.model).items()}
@@ -271,14 +290,28 @@ class Growth:
 
     @torch.no_grad()
     def restore_best(self) -> None:
-        """Bring back the best network so far, if an evaluation had a score."""
-        if self._best_step is None or self._best_is_here:
-            return
-        self._set_numbers(self._best_numbers)
-        weights = self._weights()
-        for name, value in self._best.items():
-            weights[name].copy_(value)
-        self._best_is_here = True
+        """Bring back the best network so far, if an evaluation had a score; without dendrites that no step has used."""
+        if self._best_step is not None and not self._best_is_here:
+            self._set_numbers(self._best_numbers)
+            weights = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
+            if gone := self._best.keys() - weights.keys():
+                raise PerforatedError(
+                    f"{min(gone)} is gone: pruning and normalization of weights must be set up before the training"
+                )
+            for name, value in self._best.items():
+                weights[name].copy_(value)
+            self._best_is_here = True
+        self._drop_unused()
+
+    def _drop_unused(self) -> None:
+        """Remove the dendrites of layers that no training step has used, such as initial ones on an unread pooler."""
+        dropped = [n for n in self.plan.names if n in self.unused and self._number(n) and n not in self.plan.norms]
+        for name in dropped:
+            self._resize(name, 0)
+            self._best_numbers.pop(name, None)
+            self._best = {key: value for key, value in self._best.items() if not key.startswith(f"{name}.dendrite")}
+        if dropped:
+            self.notes.append(f"note: no training step has used {_shown(dropped)}: its dendrites are removed")
 
     def changed(self) -> None:
         """A training step has changed the network."""
@@ -290,6 +323,8 @@ class Growth:
         """Everything but weights, as JSON has it."""
         return {
             "policy": self.policy.state_dict(),
+            "evaluations": self.evaluations,
+            "initial_weights": self.initial_weights,
             "scores": self.library.state_dict() if self.library else [],
             "dendrites": self._numbers(),
             "best_dendrites": self._best_numbers,
@@ -320,6 +355,7 @@ class Growth:
             loading.load_weights(self.model, folder)
             self._load_best(folder, state)
             self.policy.load_state_dict(state["policy"])
+            self.evaluations, self.initial_weights = state["evaluations"], str(state["initial_weights"])
             if self.library:
                 self.library.load_state_dict(state["scores"])
         except (KeyError, TypeError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
@@ -343,6 +379,9 @@ class Growth:
                 raise ValueError(f"the dimensions of {name!r} cannot be read")
         if not (state["best_step"] is None or type(state["best_step"]) is int) or not isinstance(state["unused"], list):
             raise ValueError(f"{STATE} cannot be read")
+        for row in state["evaluations"]:
+            if not all(type(row[name]) is int for name in ("step", "dendrites", "parameters")):
+                raise ValueError(f"the evaluations in {STATE} cannot be read")
 
     def _load_best(self, folder: Path, state: dict) -> None:
         self._best_step, self._best_numbers = state["best_step"], dict(state["best_dendrites"])
@@ -360,3 +399,7 @@ class Growth:
                 raise ValueError(f"{BEST} holds other weights than this network has")
             self._set_numbers(now)
             loading.load_weights(self.model, folder)
+
+
+def _shown(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

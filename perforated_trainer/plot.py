@@ -1,4 +1,4 @@
-"""The plot of a run, drawn from the Trainer's log history."""
+"""The plot of a run, drawn from its evaluations."""
 
 import math
 import warnings
@@ -21,7 +21,7 @@ _ON_WHITE = {"fontsize": 12, "bbox": {"facecolor": "white", "edgecolor": "none",
 
 
 def draw(
-    log_history: list[dict],
+    evaluations: list[dict],
     score_name: str,
     greater_is_better: bool,
     path: Path,
@@ -33,19 +33,19 @@ def draw(
     """Draw the scores during training and by number of dendrites, as a PNG of 1100 x 450 pixels.
 
     Args:
-        log_history (`list[dict]`), score_name (`str`), greater_is_better (`bool`): As for `report.cycles`.
+        evaluations (`list[dict]`), score_name (`str`), greater_is_better (`bool`): As for `report.cycles`.
         path (`Path`): The PNG file. It is written completely or not at all.
         without (`float`, *optional*): Score of the step-matched baseline, drawn as a line.
         wider (`float`, *optional*): Score of a baseline that is wider instead, drawn as a line.
         kept_dendrites (`int`, *optional*): Number of dendrites of the kept model, which is marked.
-        cycles (`list[dict]`, *optional*): A value of `report.cycles`. By default that of `log_history`.
+        cycles (`list[dict]`, *optional*): A value of `report.cycles`. By default that of `evaluations`.
     """
     from matplotlib import rc_context, style  # takes half a second, which a start need not wait for
 
-    rows = scores(log_history, score_name)
+    rows = scores(evaluations, score_name)
     if not rows:
         return
-    cycles = cycles or best_of_cycles(log_history, score_name, greater_is_better)
+    cycles = cycles or best_of_cycles(evaluations, score_name, greater_is_better)
     with style.context("default"), rc_context(_STYLE), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a font without the characters of a metric's name
         figure = _figure(rows, cycles, score_name, greater_is_better, without, wider, kept_dendrites)

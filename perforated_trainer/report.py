@@ -1,10 +1,10 @@
-"""Run reports, as pure functions of the Trainer's log history and `results.json`.
+"""Run reports, as pure functions of the evaluations of a training and `results.json`.
 
 `results.json` has these keys: stopped_by ("tracker", "max_steps" or "callback"), testing_dendrite_capacity, dataset,
 metric, greater_is_better, seed, cycles (for each number of dendrites the best validation score and the other scores at
-that step), final, global_step, restarts (the steps at which optimizer and scheduler were restarted), train_seconds,
-steps_per_second, settings (what a step-matched baseline must share), command, versions; of a baseline also `control`,
-see `comparison`.
+that step), final, global_step, restarts (the steps at which optimizer and scheduler were restarted), last_evaluation
+(its step), initial_weights (a checksum of what is trained, before the training), train_seconds, steps_per_second,
+settings (what a step-matched baseline must share), command, versions; of a baseline also `control`, see `comparison`.
 """
 
 import bisect
@@ -17,6 +17,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from numbers import Real
 from pathlib import Path
 
 from transformers import EarlyStoppingCallback, TrainingArguments
@@ -77,24 +78,16 @@ def _is_finite(value) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 
-def scores(log_history: list[dict], score_name: str) -> list[dict]:
-    """The evaluations of a training with a finite score.
+def record(step: int, dendrites: int, parameters: int, metrics: dict) -> dict:
+    """The record of an evaluation, as JSON has it: its metrics are those that are numbers, without durations."""
+    numbers = {name: float(value) for name, value in metrics.items() if isinstance(value, Real)}
+    kept = {name: value for name, value in numbers.items() if is_reported(name, "eval_loss")}
+    return {"step": step, "dendrites": dendrites, "parameters": parameters} | kept
 
-    Args:
-        log_history (`list[dict]`): `trainer.state.log_history`.
-        score_name (`str`): Name of the monitored metric, such as "eval_accuracy".
 
-    Returns:
-        `list[dict]`: For each evaluation step, dendrites, parameters, validation (`eval_*`) and test scores. Without
-        that before the first step (`eval_on_start`), which is no result of a training.
-    """
-    rows = {}
-    for entry in log_history:
-        if "dendrites" in entry and entry["step"] > 0:
-            row = rows.setdefault((entry["step"], entry["dendrites"]), {})
-            for name, value in entry.items():
-                row.setdefault(name, value)
-    return [row for _, row in sorted(rows.items()) if _is_finite(row.get(score_name))]
+def scores(evaluations: list[dict], score_name: str) -> list[dict]:
+    """The evaluations with a finite score, of `Growth.evaluations`."""
+    return [row for row in evaluations if _is_finite(row.get(score_name))]
 
 
 def train_loss(log_history: list[dict]) -> float:
@@ -112,7 +105,7 @@ def best(rows: list[dict], name: str, greater_is_better: bool) -> dict:
 
 
 def cycles(
-    log_history: list[dict],
+    evaluations: list[dict],
     score_name: str,
     greater_is_better: bool,
     history_lookback: int = 1,
@@ -121,7 +114,8 @@ def cycles(
     """The best evaluation for each number of dendrites.
 
     Args:
-        log_history, score_name: As for `scores`.
+        evaluations (`list[dict]`): `Growth.evaluations`.
+        score_name (`str`): Name of the monitored metric, such as "eval_accuracy".
         greater_is_better (`bool`): Whether a higher score is better.
         history_lookback (`int`): Number of evaluations that scores are averaged over; the best mean counts.
         restarts (`Sequence[int]`): The steps at which a cycle ended and the next one began, for these means.
@@ -131,7 +125,7 @@ def cycles(
         that step) and the other scores there.
     """
     groups, result, of_cycle = {}, [], {}
-    for row in scores(log_history, score_name):
+    for row in scores(evaluations, score_name):
         window = of_cycle.setdefault(bisect.bisect_left(restarts, row["step"]), [])
         window.append(float(row[score_name]))
         mean = float(statistics.mean(window[-history_lookback:]))
@@ -230,7 +224,9 @@ def no_dendrite_can_come(
     Returns:
         `str`: One line for each reason, or None.
     """
-    if not dendrite_args.doing_pai or not dendrite_args.max_dendrites or dendrite_args.testing_dendrite_capacity:
+    if not dendrite_args.doing_pai or dendrite_args.control_of or dendrite_args.testing_dendrite_capacity:
+        return None
+    if dendrite_args.max_dendrites <= dendrite_args.num_initial_dendrites:
         return None
     fixed, patience, lines = dendrite_args.switch_mode == "fixed", dendrite_args.n_epochs_to_switch, []
     evaluations = _num_evaluations(args, train_dataset)
@@ -259,10 +255,10 @@ def no_dendrite_can_come(
 # -------------------------------------------------------------------------------------------------------- after a run
 
 
-def no_dendrite_came(dendrite_args: DendriteArguments, log_history: list[dict], score_name: str) -> str | None:
+def no_dendrite_came(dendrite_args: DendriteArguments, evaluations: list[dict], score_name: str) -> str | None:
     """A warning for a run that ended without a dendrite, with the reason."""
-    rows = scores(log_history, score_name)
-    if not dendrite_args.doing_pai or any(row["dendrites"] for row in rows):
+    rows = scores(evaluations, score_name)
+    if not dendrite_args.doing_pai or dendrite_args.control_of or any(row["dendrites"] for row in rows):
         return None
     patience = dendrite_args.n_epochs_to_switch
     reason = f"one is added after {patience} evaluations without improvement (n_epochs_to_switch)"

@@ -5,7 +5,7 @@ import math
 import torch
 from transformers import TrainerCallback, TrainingArguments
 
-from .arguments import DendriteArguments, has_an_end
+from .arguments import DendriteArguments, PerforatedError, has_an_end
 
 _ABSOLUTE = "min_lr", "lr_end", "max_lr"  # arguments of schedulers that are learning rates; others are relative
 
@@ -31,6 +31,22 @@ def scale_arguments(lr_scheduler_kwargs: dict | None, factor: float) -> dict | N
     }
 
 
+def check(dendrite_args: DendriteArguments, args: TrainingArguments, optimizer_cls_and_kwargs: tuple | None) -> None:
+    """Raise PerforatedError if optimizer or schedule could not be made again for a new cycle as they were."""
+    once = {"params", "model", "optimizer_dict"} & set(optimizer_cls_and_kwargs[1] if optimizer_cls_and_kwargs else ())
+    if once:
+        raise PerforatedError(
+            f"optimizer_cls_and_kwargs: the Trainer uses {min(once)!r} once, and each dendrite needs a new optimizer: "
+            "override create_optimizer"
+        )
+    greedy = args.lr_scheduler_type == "greedy" and "min_lr" not in (args.lr_scheduler_kwargs or {})
+    if greedy and dendrite_args.dendrite_learning_rate_factor != 1:
+        raise PerforatedError(
+            "--dendrite_learning_rate_factor with --lr_scheduler_type greedy, which has a smallest rate of 1e-3: set "
+            "min_lr in lr_scheduler_kwargs"
+        )
+
+
 def of_all_cycles(values: tuple, num_cycles: int) -> tuple:
     """What `Trainer.set_initial_training_values` returns, for as many cycles as there can be.
 
@@ -41,7 +57,8 @@ def of_all_cycles(values: tuple, num_cycles: int) -> tuple:
     """
     epochs, steps_in_epoch, examples, samples, batch, batches, steps = values
     if steps_in_epoch == steps and epochs > steps:  # the length of the data is not known: one epoch counts all steps
-        return epochs, steps_in_epoch, examples, samples * num_cycles, batch, batches, steps * num_cycles
+        total = steps * num_cycles  # in one epoch, so that the stream continues in the next cycle
+        return epochs, total, examples, samples * num_cycles, batch, batches * num_cycles, total
     total = steps * num_cycles
     return math.ceil(total / steps_in_epoch), steps_in_epoch, examples, samples * num_cycles, batch, batches, total
 

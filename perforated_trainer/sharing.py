@@ -51,22 +51,37 @@ def quantization(model: nn.Module) -> str | None:
     return str(getattr(method, "value", method) or type(weight).__name__)
 
 
-def trained_part(model: nn.Module) -> dict[str, torch.Tensor]:
+def trained_part(model: nn.Module, frozen: bool = False) -> dict[str, torch.Tensor]:
     """What a training changes: the parameters that are trained, and the buffers that are saved, such as running means.
 
-    Buffers that hold many integers are weights of a quantized layer.
+    In a quantized model, buffers that hold many integers are weights.
+
+    Args:
+        model (`nn.Module`): The model.
+        frozen (`bool`): Whether frozen parameters belong to it: they may be trained later.
     """
     saved = model.state_dict()
     # Empty ones, of a single dendrite, have no gradient.
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad or not p.numel()}
-    buffers = {name: b for name, b in model.named_buffers() if name in saved and (not is_quantized(b) or b.ndim == 0)}
+    trained = {name: p for name, p in model.named_parameters() if frozen or p.requires_grad or not p.numel()}
+    weights = _has_quantized_layers(model)
+    buffers = {n: b for n, b in model.named_buffers() if n in saved and not (weights and is_quantized(b) and b.ndim)}
     return trained | buffers
+
+
+def _has_quantized_layers(model: nn.Module) -> bool:
+    return quantization(model) is not None or bool(getattr(model, "is_quantized", False))
 
 
 def frozen_part(model: nn.Module) -> dict[str, torch.Tensor]:
     """All that is saved of a model but its trained part."""
     trained = trained_part(model)
-    return {n: t for n, t in model.state_dict().items() if n not in trained and isinstance(t, torch.Tensor)}
+    own = {tensor.data_ptr() for tensor in trained.values() if tensor.numel()}  # a tied weight has a second name
+    saved = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, torch.Tensor)}
+    return {name: tensor for name, tensor in saved.items() if name not in trained and _pointer(tensor) not in own}
+
+
+def _pointer(tensor: torch.Tensor) -> int | None:
+    return None if hasattr(tensor, "__tensor_flatten__") else tensor.data_ptr()
 
 
 def _stored(tensor: torch.Tensor) -> list[torch.Tensor]:

@@ -7,6 +7,8 @@ Written for transformers 5.5 to 5.24.
 """
 
 import contextlib
+import copy
+import dataclasses
 import inspect
 import math
 import pickle
@@ -17,7 +19,7 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
-from transformers import EarlyStoppingCallback, PrinterCallback, Seq2SeqTrainer, TrainerState
+from transformers import EarlyStoppingCallback, PreTrainedModel, PrinterCallback, Seq2SeqTrainer, TrainerState
 from transformers import ProgressCallback as StockProgressCallback
 from transformers.trainer_utils import TrainOutput, has_length
 
@@ -80,16 +82,16 @@ class PerforatedTrainer(EvaluatingTrainer):
                 "optimizers=(optimizer, scheduler): each dendrite needs new ones; pass optimizer_cls_and_kwargs and "
                 "lr_scheduler_type, or override create_optimizer and create_scheduler"
             )
-        self.dendrite_args = dendrite_args or getattr(self.model, "dendrite_args", None) or DendriteArguments()
+        self.dendrite_args = dendrite_args or self._arguments_of_model() or DendriteArguments()
+        schedule.check(self.dendrite_args, self.args, self.optimizer_cls_and_kwargs)
         convert.perforate(self.model, self.dendrite_args, self.args)
-        if self.args.lr_scheduler_type == "reduce_lr_on_plateau":  # PyTorch takes lower as better for any metric
-            mode = {"mode": "max" if self.args.greater_is_better else "min"}
-            self.args.lr_scheduler_kwargs = mode | (self.args.lr_scheduler_kwargs or {})
+        self.model.dendrite_args_used_in = self.args.output_dir
         if self.args.n_gpu > 1:
             _compat.use_one_gpu(self.args)
             self._train_batch_size = self.args.train_batch_size
             say("note: several GPUs are visible, one is used. All of them: torchrun --nproc_per_node N <script>")
         if (run := self.dendrite_args.control_of) and self.run_dir.resolve() == Path(run).resolve():
+            self.args = copy.copy(self.args)  # the trainer of the run may have the same object
             self.args.output_dir = f"{Path(run) if Path(run).name else Path(run).resolve()}-control"
             say(f"note: the baseline is written to {self.args.output_dir}")
         self.args.logging_nan_inf_filter = False  # a loss that is not finite must be seen
@@ -104,8 +106,9 @@ class PerforatedTrainer(EvaluatingTrainer):
         self.test_metrics, self._last_metrics, self._test_loader = {}, {}, None
         self.decision, self._began, self._unwatched = Decision.CONTINUE, time.monotonic(), set()
         self.stop_signal = StopSignalCallback()
-        for callback in (StockProgressCallback, PrinterCallback):
-            self.remove_callback(callback)
+        for callback in self._callbacks().copy():
+            if type(callback) in (StockProgressCallback, PrinterCallback):  # not a subclass, which is the user's
+                self.remove_callback(callback)
         patience = None if self._fixed else self.dendrite_args.n_epochs_to_switch
         self.progress = DendriteProgressCallback(self.score_name, self.args.greater_is_better, patience)
         own = weakref.proxy(self)  # without a cycle of references, "del trainer" frees the model and the data loaders
@@ -117,6 +120,13 @@ class PerforatedTrainer(EvaluatingTrainer):
             callbacks.append(self.growth.callback)
         for callback in (*callbacks, self.plot):
             self.add_callback(callback)
+
+    def _arguments_of_model(self) -> DendriteArguments | None:
+        """What `perforate` received. A trainer of another folder does not inherit what is about one run."""
+        args = getattr(self.model, "dendrite_args", None)
+        if args and getattr(self.model, "dendrite_args_used_in", self.args.output_dir) != self.args.output_dir:
+            return dataclasses.replace(args, overwrite_run=False, control_of=None, save_name=None)
+        return args
 
     def _new_growth(self) -> None:
         plan = convert.plan_dendrites(self.model, self.dendrite_args, self.args)
@@ -181,14 +191,15 @@ class PerforatedTrainer(EvaluatingTrainer):
             from_command_line=from_command_line(self.args),
         )
         self._was_free = False
-        self.restarts, self.train_seconds, self.stopped_by = [], 0.0, None
-        self.decision = Decision.CONTINUE
+        self.restarts, self.train_seconds, self.stopped_by, self.results = [], 0.0, None, None
+        self.decision, self.stop_signal.number = Decision.CONTINUE, None
         facts = checkpoint.check(start, content=False) if start else None  # `find` has read all of it
         if facts:
             self._name_other_settings(facts["settings"], start.name)
             self.train_seconds, self.restarts = facts["train_seconds"], facts["restarts"]
         else:
             self._print_start()
+            self.growth.note_initial_weights()
         over = facts and 0 < self._max_steps_of_arguments <= facts["step"]
         if facts and (facts["complete"] or over):
             self._load_from_checkpoint(str(start))
@@ -207,7 +218,7 @@ class PerforatedTrainer(EvaluatingTrainer):
             raise PerforatedError(self._how_to_resume(), 128 + self.stop_signal.number)
         at_end = 0 < self.state.max_steps <= self.state.global_step or over
         self.stopped_by = "tracker" if self.decision is Decision.COMPLETE else "max_steps" if at_end else "callback"
-        if warning := report.no_dendrite_came(self.dendrite_args, self.state.log_history, self.score_name):
+        if warning := report.no_dendrite_came(self.dendrite_args, self.growth.evaluations, self.score_name):
             say(warning)
         return output
 
@@ -287,6 +298,8 @@ class PerforatedTrainer(EvaluatingTrainer):
         name = f"test_{report.unit(self.score_name)}"
         test = {name.replace("_", " ", 1): v for n, v in self.test_metrics.items() if n == name and math.isfinite(v)}
         step, before, fits = self.state.global_step, self.num_dendrites, self.growth.fits
+        metrics = self.test_metrics | metrics | {self.score_name: score}
+        self.growth.evaluations.append(report.record(step, before, self._counted, metrics))
         with disk_errors("the graphs of perforatedai", self.run_dir):
             self.decision = self.growth.add_score(
                 score, step=step, end_of_cycle=self._ends_cycle(step), extra=extra, test=test, learning_rate=lr
@@ -329,7 +342,9 @@ class PerforatedTrainer(EvaluatingTrainer):
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         """As in `Trainer`; the schedule is made for one cycle."""
-        self._counted = self.num_parameters
+        self._counted = self._counted_for_flos = self.num_parameters
+        if isinstance(self.model, PreTrainedModel):
+            self._counted_for_flos = self.model.num_parameters(exclude_embeddings=True)
         prepared = super()._prepare_for_training(self._steps_of_schedule, train_dataloader, resume_from_checkpoint)
         if not self.restarts and not resume_from_checkpoint:
             self.check_metric()
@@ -363,6 +378,7 @@ class PerforatedTrainer(EvaluatingTrainer):
     def set_initial_training_values(self, *args, **kwargs):
         """As in `Trainer`; with `switch_mode="fixed"` for as many cycles as there can be."""
         values = super().set_initial_training_values(*args, **kwargs)
+        self._is_stream = not has_length([*args, *kwargs.values()][1])  # the data loader
         self._steps_of_schedule = values[-1]
         most = 1 + max(self.dendrite_args.max_dendrites, 3) * self.dendrite_args.max_dendrite_tries
         return schedule.of_all_cycles(values, most) if self._fixed else values
@@ -370,19 +386,24 @@ class PerforatedTrainer(EvaluatingTrainer):
     def _init_training_state(self, max_steps, num_update_steps_per_epoch, *args, **kwargs):
         """As in `Trainer`; evaluations are counted in a cycle, and a stream continues where it was."""
         epochs, batches = super()._init_training_state(max_steps, num_update_steps_per_epoch, *args, **kwargs)
-        if self._fixed and not self.state.global_step:
+        resumed = self.state.global_step > 0
+        if self._fixed and not resumed:
             self.state.compute_steps(self.args, self._steps_of_schedule)
-        if self.state.global_step and not self.args.ignore_data_skip and not has_length(self.train_dataset):
-            # The Trainer takes all steps for one epoch. The epoch says how often the stream began again.
+        if resumed and self._is_stream and not self.args.ignore_data_skip:
+            # The Trainer takes all steps for one epoch, and the run that wrote the checkpoint may have had others. The
+            # epoch says how often the stream began again.
             epochs = math.ceil(self.state.epoch) - 1
-            batches = round((self.state.epoch - epochs) * num_update_steps_per_epoch)
+            batches = round((self.state.epoch - epochs) * self._steps_of_checkpoint)
             batches *= self.args.gradient_accumulation_steps
         return epochs, batches
 
     def _finalize_training(self, *args, **kwargs):
         """As in `Trainer`; first the best model comes back, so that callbacks see it at the end."""
+        if isinstance(self.growth, Baseline) and self.state.global_step >= self.growth.last_step:
+            self.decision = Decision.COMPLETE  # also where the run made no evaluation at its end
         if not self.dendrite_args.testing_dendrite_capacity or self.decision is not Decision.COMPLETE:
             self.growth.restore_best()
+        self._counted = self.num_parameters
         self.train_seconds += time.monotonic() - self._began
         if self.plot in self._callbacks():  # a caller may have removed it
             self.plot.draw(self.args, self.state, kept_dendrites=self.num_dendrites)
@@ -417,6 +438,9 @@ class PerforatedTrainer(EvaluatingTrainer):
         given, factor = self.args.lr_scheduler_kwargs, self.dendrite_args.dendrite_learning_rate_factor
         if self._is_scaled and factor != 1:
             self.args.lr_scheduler_kwargs = schedule.scale_arguments(given, factor)
+        if self.args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):  # lower is better for both by default
+            mode = {"mode": "max" if self.args.greater_is_better else "min"}
+            self.args.lr_scheduler_kwargs = mode | (self.args.lr_scheduler_kwargs or {})
         try:
             return super().create_scheduler(num_training_steps, *args, **kwargs)
         finally:
@@ -425,13 +449,14 @@ class PerforatedTrainer(EvaluatingTrainer):
     def floating_point_ops(self, inputs):
         """As `Trainer.floating_point_ops`, but the parameters are counted once per cycle."""
         data = inputs.get(getattr(self.model, "main_input_name", "input_ids")) if hasattr(inputs, "get") else None
-        return 0 if data is None or not hasattr(data, "numel") else 6 * data.numel() * self._counted
+        return 0 if data is None or not hasattr(data, "numel") else 6 * data.numel() * self._counted_for_flos
 
     def log(self, logs, *args, **kwargs):
         """As `Trainer.log`; dendrites and parameters become series in TensorBoard, wandb and the log history."""
-        if self.is_in_train:
-            logs |= {"dendrites": self.num_dendrites, "parameters": self._counted}
-        super().log(logs, *args, **kwargs)
+        more = {"dendrites": self.num_dendrites, "parameters": self._counted} if self.is_in_train else {}
+        every = logs | more
+        super().log(every, *args, **kwargs)
+        logs.update({name: value for name, value in every.items() if name not in more})  # as the Trainer changes them
 
     # ------------------------------------------------------------------------------------------------------ settings
 
@@ -536,6 +561,7 @@ class PerforatedTrainer(EvaluatingTrainer):
         """The only place where network and dendrites are loaded; `Trainer` does the rest."""
         folder = Path(resume_from_checkpoint)
         self.growth.load(folder)
+        self._steps_of_checkpoint = TrainerState.load_from_json(str(folder / checkpoint.STATE)).max_steps
         best, unit = self.growth.policy.best_score, report.unit(self.score_name)
         shown = "" if best is None else f", best {unit} so far {best:.4f}"
         say(f"resuming at step {checkpoint.step_of(folder):,}: {report.count(self.num_dendrites, 'dendrite')}{shown}")

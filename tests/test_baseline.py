@@ -225,10 +225,33 @@ def test_network_of_another_size_raises(folder):
         make(dendrites=OF_RUN, model=build(DISTILBERT, hidden_dim=96)).train()
 
 
-def test_baseline_that_ends_before_its_run_has_no_comparison(folder):
+def test_baseline_that_ends_before_its_run_has_no_comparison(folder, capsys):
     train()
+    capsys.readouterr()
     _, mine = train(steps=4, dendrites=OF_RUN)
     assert mine["global_step"] == 4 and "control" not in mine
+    output = capsys.readouterr().out
+    assert "no comparison: this baseline ended at step 4, its run at" in output and "no dendrite" not in output
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_baseline_that_begins_with_other_weights_is_named_in_the_verdict(same, folder):
+    model = build(DISTILBERT)
+    train(model=None if same else model)
+    _, mine = train(dendrites=OF_RUN, model=None if same else train("other", model=model)[0].model, steps=15)
+    assert ("did not begin with the weights" in mine["control"]["verdict"]) != same
+
+
+def test_baseline_of_a_run_that_ended_between_evaluations_makes_as_many(folder):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 9
+
+    changes = {"eval_steps": 4, "callbacks": [Stop()]}
+    run, _ = train(**changes)
+    baseline, mine = train(**changes, dendrites=OF_RUN)
+    steps = [[row["step"] for row in trainer.growth.evaluations] for trainer in (run, baseline)]
+    assert steps[0] == steps[1] == [4, 8] and mine["stopped_by"] == "tracker" and "control" in mine
 
 
 @pytest.mark.parametrize(("step", "scheduler"), [(3, "constant"), (9, "reduce_lr_on_plateau"), (14, "cosine")])

@@ -8,9 +8,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from transformers import EarlyStoppingCallback, EvalPrediction, Trainer, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, EvalPrediction, TrainerCallback, TrainingArguments
 
 from perforated_trainer.comparison import bootstrap, compare, paired_proportions, sentence
+from perforated_trainer.evaluation import EvaluatingTrainer
 
 KEYS = {"control_of", "metric", "with_dendrites", "without", "difference", "interval_95", "test_examples", "verdict"}
 SIZE = 60
@@ -127,10 +128,10 @@ class Hears(TrainerCallback):
         self.events.append("prediction step")
 
 
-class MineTrainer(Trainer):
+class MineTrainer(EvaluatingTrainer):
     """The part of a baseline's trainer that a comparison uses."""
 
-    score_name, test_dataset = "eval_accuracy", None
+    score_name, test_dataset, growth = "eval_accuracy", None, SimpleNamespace(initial_weights="a", same_network=True)
 
     def cycles(self):
         return [{"best_validation": 0.5}]

@@ -13,6 +13,7 @@ import transformers
 from models import build, rows
 from small import DISTILBERT, EVAL, TWO_DENDRITES, arguments, kept, losses, scripted, trainer_for
 from torch import nn
+from torch.nn.utils.prune import l1_unstructured as prune_weights
 from transformers import TrainerCallback
 from transformers.modeling_outputs import SequenceClassifierOutput
 
@@ -50,6 +51,68 @@ KEPT = {
     "patience of 2": ([0.1, 0.3, 0.2, 0.4, 0.4, 0.3], {"doing_pai": False, "n_epochs_to_switch": 2}, [0.4], 0),
     "no dendrite allowed": ([0.1, 0.2, 0.1], {"max_dendrites": 0}, [0.2], 0),
 }
+
+
+class At(TrainerCallback):
+    """Calls a function with the model at the end of a step."""
+
+    def __init__(self, step, function):
+        self.step, self.function = step, function
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step == self.step:
+            self.function(model)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_kept_model_is_restored_if_layers_are_frozen_or_trained_later(first):
+    model = build(DISTILBERT)
+    model.distilbert.requires_grad_(first)
+    later = At(3, lambda model: model.distilbert.requires_grad_(not first))
+    scores = [0.6, 0.5, 0.4, 0.3, 0.2, 0.1]
+    settings = {"doing_pai": False, "n_epochs_to_switch": 3, "module_ids_to_perforate": ["classifier"]}
+    trainer, script = scripted(scores, model, settings, more={"callbacks": [later]}, learning_rate=1e-2)
+    trainer.train()
+    assert kept(trainer, script) == [0.6]
+
+
+def test_kept_model_has_the_masks_and_counters_of_its_evaluation():
+    model = build(DISTILBERT)
+    model.register_buffer("mask", torch.ones(4, dtype=torch.bool))
+    model.register_buffer("count", torch.zeros(2, dtype=torch.long))
+
+    def change(model):
+        model.mask[0], model.count[0] = False, 5
+
+    settings = {"doing_pai": False, "n_epochs_to_switch": 2}
+    trainer, _ = scripted([0.6, 0.5, 0.4], model, settings, more={"callbacks": [At(3, change)]})
+    trainer.train()
+    assert model.mask.all() and not model.count.any()
+
+
+def test_pruning_during_a_training_raises_one_line():
+    prune = At(3, lambda model: prune_weights(model.classifier, "weight", 0.5))
+    trainer, _ = scripted([0.6, 0.5, 0.4, 0.3], more={"callbacks": [prune]})
+    with pytest.raises(PerforatedError, match=r"classifier\.weight is gone: pruning .* before the training"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("frozen", [{}, {"freeze_base": True, "dendrite_rank": 2, "modules_to_train": ["classifier"]}])
+@pytest.mark.parametrize("initial", [0, 1])
+def test_layer_that_no_step_uses_ends_without_dendrites(frozen, initial, capsys):
+    class Unread(transformers.BertForSequenceClassification):
+        def forward(self, input_ids, labels=None):
+            logits = self.classifier(self.bert(input_ids)[0][:, 0])
+            return SequenceClassifierOutput(loss=nn.functional.cross_entropy(logits, labels), logits=logits)
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    model = Unread(transformers.BertConfig(**sizes, vocab_size=1000))
+    settings = {"num_initial_dendrites": initial} | frozen
+    trainer, _ = scripted([0.1 * i for i in (1, 1, 2, 2, 3, 3, 3, 3, 3)], model, settings, learning_rate=1e-2)
+    trainer.train()
+    numbers = {name: layer.num_dendrites for name, layer in layers_with_dendrites(model).items()}
+    assert max(numbers.values()) == 2 and "bert.pooler.dense" not in numbers
+    assert "no training step has used bert.pooler.dense" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", KEPT)

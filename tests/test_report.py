@@ -3,6 +3,7 @@
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 from transformers import EarlyStoppingCallback, TrainingArguments
 
@@ -12,14 +13,13 @@ NAMES = ["f1, macro", "точность", "100%", "{x}", "a_b_c", "$x$", "a|b", 
 
 
 def history(scores_by_dendrites, name="score"):
-    """A log history with an evaluation every 2 steps."""
+    """The records of an evaluation every 2 steps."""
     entries, step = [], 0
     for dendrites, scores in scores_by_dendrites:
         for score in scores:
             step += 2
-            facts = {"step": step, "dendrites": dendrites, "parameters": 10 * (1 + dendrites)}
-            entries += [facts | {"loss": 0.5}, facts | {f"test_{name}": score / 2}]
-            entries += [facts | {f"eval_{name}": score, "eval_runtime": 1.0}]
+            metrics = {f"test_{name}": score / 2, f"eval_{name}": score, "eval_runtime": 1.0}
+            entries.append(report.record(step, dendrites, 10 * (1 + dendrites), metrics))
     return entries
 
 
@@ -50,9 +50,12 @@ def test_cycles_skip_scores_that_are_not_finite():
     assert [cycle["best_validation"] for cycle in report.cycles(log, "eval_score", True)] == [0.2]
 
 
-def test_cycles_leave_out_the_evaluation_before_the_first_step():
-    first = {"step": 0, "dendrites": 0, "parameters": 10, "eval_score": 0.9}
-    assert report.cycles([first, *history([(0, [0.2])])], "eval_score", True)[0]["best_validation"] == 0.2
+def test_record_keeps_numbers_and_losses_and_no_durations():
+    metrics = {"eval_score": np.float32(0.5), "eval_loss": 1, "eval_text": "no", "eval_matrix": [1.0], "epoch": 2.0}
+    metrics |= {"eval_runtime": 1.0, "eval_a_samples_per_second": 3.0, "test_score": float("nan")}
+    record = report.record(4, 1, 20, metrics)
+    assert math.isnan(record.pop("test_score"))
+    assert record == {"step": 4, "dendrites": 1, "parameters": 20, "eval_score": 0.5, "eval_loss": 1.0}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -205,6 +208,7 @@ def test_no_dendrite_came_gives_the_reason(settings, words):
     line = report.no_dendrite_came(DendriteArguments(**settings), log, "eval_score")
     assert words in line and "2 evaluations" in line
     assert report.no_dendrite_came(DendriteArguments(doing_pai=False), log, "eval_score") is None
+    assert report.no_dendrite_came(DendriteArguments(control_of="run"), log, "eval_score") is None
     assert report.no_dendrite_came(DendriteArguments(), history([(0, [0.1]), (1, [0.2])]), "eval_score") is None
 
 

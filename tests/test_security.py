@@ -128,7 +128,7 @@ WRONG = {
     "settings": [None, [], "seed", 3],
     "restarts": [None, {}, 3, ["1"], [1.5], [-1], [True], [None]],
     "files": [None, [], "optimizer.pt", {}, {"optimizer.pt": "0" * 64}],
-    "format": ["3", None, -3, 3.0, [], True],
+    "format": ["4", None, -4, 4.0, [], True],
 }
 
 
@@ -146,7 +146,7 @@ def test_manifest_entry_that_is_wrong_or_missing_is_damaged(run):
 
 CONTENTS = {
     "empty": b"",
-    "cut off": b'{"format": 3, "step"',
+    "cut off": b'{"format": 4, "step"',
     "no object": b"[1, 2]",
     "no text": b"\xff\xfe\x00\x80",
     "deep list": b"[" * 200_000,

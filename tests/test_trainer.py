@@ -2,6 +2,7 @@
 
 import gc
 import json
+import math
 import sys
 import weakref
 from collections import Counter
@@ -23,8 +24,17 @@ from small import (
     trainer_for,
 )
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
-from transformers import EarlyStoppingCallback, PreTrainedConfig, PreTrainedModel, Trainer, TrainerCallback, set_seed
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+from transformers import (
+    EarlyStoppingCallback,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    set_seed,
+)
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from perforated_trainer import DendriteArguments, PerforatedError, PerforatedTrainer, load_perforated_model, perforate
@@ -556,3 +566,209 @@ def test_trainer_and_model_are_freed_without_the_garbage_collector():
             assert [reference() for reference in left] == [None, None]
         finally:
             gc.enable()
+
+
+# ---------------------------------------------------------------------- what belongs to one trainer, one run, one score
+
+
+def test_other_folder_does_not_inherit_overwrite_run_from_the_model(capsys):
+    first, _ = scripted([0.1], dendrites={"overwrite_run": True}, max_steps=2)
+    first.train()
+    other, _ = scripted([0.1], output_dir="other", max_steps=2)
+    other.train()
+    again = PerforatedTrainer(first.model, arguments(output_dir="other"), train_dataset=TRAIN, eval_dataset=EVAL)
+    assert again.dendrite_args.n_epochs_to_switch == 1 and not again.dendrite_args.overwrite_run
+    with pytest.raises(PerforatedError, match="other"):
+        again.train()
+
+
+def test_arguments_of_a_run_are_not_changed_by_its_baseline():
+    args = arguments(max_steps=4, lr_scheduler_type="reduce_lr_on_plateau")
+    first = trainer_for(args, dendrite_args=DendriteArguments(n_epochs_to_switch=1))
+    first.train()
+    first.save_results()
+    trainer_for(args, dendrite_args=DendriteArguments(n_epochs_to_switch=1, control_of="run"))
+    assert first.run_dir == Path("run") and not args.lr_scheduler_kwargs
+
+
+@pytest.mark.parametrize("kind", ["reduce_lr_on_plateau", "greedy"])
+@pytest.mark.parametrize("greater", [True, False])
+def test_schedule_that_reads_the_score_has_its_direction(kind, greater):
+    trainer, _ = scripted([0.1, 0.2], greater_is_better=greater, lr_scheduler_type=kind, max_steps=2)
+    trainer.train()
+    assert trainer.lr_scheduler.mode == ("max" if greater else "min")
+
+
+def test_full_bf16_evaluation_does_not_convert_the_model_that_is_saved():
+    trainer = trainer_for(arguments(bf16_full_eval=True, max_steps=2))
+    trainer.train()
+    trainer.save_results()
+    assert trainer.model.dtype == torch.float32
+    assert load_perforated_model(type(trainer.model), "run/final").dtype == torch.float32
+
+
+@pytest.mark.parametrize("part", ["test", "eval"])
+def test_loss_that_is_not_a_number_ends_a_run_only_in_training(part):
+    class Undefined(PerforatedTrainer):
+        def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+            if metric_key_prefix == part:
+                output.metrics[f"{part}_loss"] = math.nan
+            output.metrics[f"{part}_class_loss"] = [1.0, 2.0]
+            return output
+
+    trainer, _ = scripted([0.1, 0.2], cls=Undefined, more={"test_dataset": EVAL}, max_steps=4)
+    trainer.train()
+    assert trainer.state.global_step == 4
+
+
+def test_metric_that_evaluate_adds_is_reported():
+    class Adding(PerforatedTrainer):
+        def evaluate(self, *args, **kwargs):
+            metrics = super().evaluate(*args, **kwargs)
+            return metrics | {"eval_sum": metrics["eval_loss"] + 1}
+
+    args = arguments(metric_for_best_model="sum", greater_is_better=False, max_steps=4)
+    trainer = trainer_for(args, Adding)
+    trainer.train()
+    results = trainer.save_results()
+    losses_of_run = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert results["cycles"][0]["best_validation"] == pytest.approx(min(losses_of_run) + 1)
+    assert results["final"]["validation_sum"] == pytest.approx(min(losses_of_run) + 1, abs=1e-5)
+
+
+def test_evaluation_of_a_callback_is_no_evaluation_of_the_run():
+    class Evaluates(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                trainer.evaluate()
+
+    trainer, _ = scripted([0.1, 0.9, 0.2], more={"callbacks": [Evaluates()]}, max_steps=4)
+    trainer.train()
+    assert [row["step"] for row in trainer.growth.evaluations] == [2, 4]
+    assert trainer.cycles()[0]["best_validation"] == 0.2
+
+
+def test_several_test_sets_are_reported_each():
+    trainer = trainer_for(arguments(max_steps=2), test_dataset={"a": EVAL, "b": EVAL[:4]})
+    trainer.train()
+    results = trainer.save_results()
+    assert {"test_a_loss", "test_b_loss"} <= results["final"].keys() & results["cycles"][0].keys()
+
+
+def test_final_validation_scores_are_those_of_the_evaluation_data_loader():
+    class Half(PerforatedTrainer):
+        def get_eval_dataloader(self, eval_dataset=None):
+            return super().get_eval_dataloader((eval_dataset or self.eval_dataset)[:4])
+
+    trainer = trainer_for(arguments(max_steps=2), Half)
+    trainer.train()
+    logged = len(trainer.state.log_history)
+    results = trainer.save_results()
+    assert results["final"]["validation_loss"] == pytest.approx(trainer.evaluate(EVAL)["eval_loss"], abs=1e-6)
+    assert len(trainer.state.log_history) == logged + 1, "scores for the record are not logged"
+
+
+@pytest.mark.parametrize("name", ["params", "model", "optimizer_dict"])
+def test_optimizer_arguments_that_the_trainer_uses_once_raise(name):
+    optimizer = (torch.optim.AdamW, {name: []})
+    with pytest.raises(PerforatedError, match=f"'{name}' once.*override create_optimizer"):
+        trainer_for(optimizer_cls_and_kwargs=optimizer)
+
+
+def test_greedy_schedule_with_a_rate_factor_needs_min_lr():
+    settings, kind = DendriteArguments(dendrite_learning_rate_factor=0.5), {"lr_scheduler_type": "greedy"}
+    with pytest.raises(PerforatedError, match="set min_lr"):
+        trainer_for(arguments(**kind), dendrite_args=settings)
+    trainer_for(arguments(**kind, lr_scheduler_kwargs={"min_lr": 1e-5}), dendrite_args=settings)
+
+
+def test_progress_callback_of_the_user_stays():
+    class Mine(ProgressCallback):
+        pass
+
+    trainer = trainer_for(callbacks=[Mine])
+    kinds = [type(callback) for callback in trainer.callback_handler.callbacks]
+    assert Mine in kinds and ProgressCallback not in kinds and PrinterCallback not in kinds
+
+
+def test_operations_and_parameters_are_counted_as_in_the_trainer():
+    trainer, _ = scripted([0.1, 0.1, 0.0, 0.0, 0.0, 0.0], max_steps=8, dendrites={"max_dendrites": 1})
+    stock = Trainer(build(DISTILBERT), arguments(max_steps=2, eval_steps=9), train_dataset=TRAIN, eval_dataset=EVAL)
+    assert trainer.train().metrics.keys() - stock.train().metrics.keys() <= {"total_flos"}  # a stock printer drops it
+    last = trainer.state.log_history[-1]
+    assert last["parameters"] == trainer.num_parameters and last["dendrites"] == trainer.num_dendrites
+    few = trainer_for(arguments(output_dir="few", max_steps=2, eval_steps=9))
+    few.train()
+    assert few.state.total_flos == stock.state.total_flos
+
+
+def test_signal_in_the_last_step_can_be_resumed_in_the_same_process():
+    class Interrupts(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 4:
+                trainer.stop_signal.number = 2
+
+    trainer, _ = scripted([0.1, 0.2, 0.3], more={"callbacks": [Interrupts()]}, max_steps=4, save_strategy="steps")
+    with pytest.raises(PerforatedError, match="to resume"):
+        trainer.train()
+    assert trainer.train(resume_from_checkpoint=True).global_step == 4 and trainer.stopped_by == "max_steps"
+
+
+# ----------------------------------------------------------------------------------------------------------- streams
+
+
+class Numbered(IterableDataset):
+    def __iter__(self):
+        for number in range(500):
+            yield TRAIN[number % 32] | {"number": torch.tensor(number)}
+
+
+class Watching(PerforatedTrainer):
+    def training_step(self, model, inputs, *args, **kwargs):
+        self.numbers = [*getattr(self, "numbers", []), *inputs.pop("number").tolist()]
+        return super().training_step(model, inputs, *args, **kwargs)
+
+
+def of_a_stream(scores, **changes):
+    more = {"train_dataset": Numbered(), "dendrites": changes.pop("dendrites", {})}
+    usual = {"per_device_train_batch_size": 2, "remove_unused_columns": False, "save_strategy": "steps"}
+    settings = more.pop("dendrites")
+    return scripted(scores, cls=Watching, dendrites=settings, more=more, **usual | changes)[0]
+
+
+@pytest.mark.parametrize(("first", "then"), [(4, 8), (8, 12)])
+def test_resumed_stream_continues_if_max_steps_is_another(first, then):
+    rising = [0.1 * i for i in range(1, 9)]
+    of_a_stream(rising, max_steps=first).train()
+    resumed = of_a_stream(rising, max_steps=then)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.numbers == list(range(2 * first, 2 * then))
+
+
+def test_stream_continues_in_the_next_cycle_of_fixed_length():
+    trainer = of_a_stream([0.1, 0.2, 0.3, 0.4], dendrites={"switch_mode": "fixed", "max_dendrites": 1}, max_steps=4)
+    trainer.train()
+    assert trainer.restarts == [4] and trainer.numbers == list(range(2 * trainer.state.global_step))
+
+
+def test_resume_with_own_data_loader_and_no_dataset_is_exact():
+    class Mine(PerforatedTrainer):
+        def get_train_dataloader(self):
+            shuffled = torch.Generator().manual_seed(3)
+            return self.accelerator.prepare(DataLoader(TRAIN, batch_size=8, shuffle=True, generator=shuffled))
+
+    class Stop(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 4
+
+    def trained(folder, *callbacks, **kwargs):
+        args = arguments(output_dir=folder, max_steps=-1, num_train_epochs=3, eval_strategy="epoch")
+        settings, args.save_strategy = DendriteArguments(n_epochs_to_switch=9), "epoch"
+        more = {"train_dataset": None, "callbacks": list(callbacks), "dendrite_args": settings}
+        trainer = trainer_for(args, Mine, **more)
+        trainer.train(**kwargs)
+        return [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+
+    trained("run", Stop())
+    assert trained("run", resume_from_checkpoint=True) == trained("whole")
