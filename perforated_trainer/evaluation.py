@@ -51,8 +51,9 @@ class EvaluatingTrainer(ExportingTrainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval", **kwargs):
         """As `Trainer.evaluate`; while training, the test data is evaluated afterwards, for the report."""
         metrics = self._last_metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix, **kwargs)
-        if self.is_in_train and eval_dataset is None and self.test_dataset is not None:
+        if self.is_in_train and eval_dataset is None:
             self._ignored_keys = ignore_keys
+        if self.is_in_train and eval_dataset is None and self.test_dataset is not None:
             with same_random_numbers():
                 self.test_metrics = self._predicted(self.test_dataset, "test", **kwargs)
             self.log(dict(self.test_metrics))

@@ -224,7 +224,8 @@ def _eval_results(scores, final, without, has_dendrites, task, data) -> list[Eva
         kind_of_data = re.sub(r"[^\w./-]+", "-", data)
         return EvalResult(task, kind_of_data, data, kind, value, dataset_split=split, metric_name=name)
 
-    results = [result(key.split("_")[0], unit(key), value, key.replace("_", " ")) for key, value in scores.items()]
+    numbers = {key: value for key, value in scores.items() if isinstance(value, (int, float))}  # not a list or None
+    results = [result(key.split("_")[0], unit(key), value, key.replace("_", " ")) for key, value in numbers.items()]
     if results and has_dendrites:
         split = results[-1].dataset_split
         results.append(result(split, "dendrites", final["dendrites"], "dendrites of a layer"))

@@ -669,6 +669,24 @@ def test_final_validation_scores_are_those_of_the_evaluation_data_loader():
     assert len(trainer.state.log_history) == logged + 1, "scores for the record are not logged"
 
 
+def test_metrics_of_any_kind_and_ignored_outputs_are_no_error_at_the_end():
+    def metrics(prediction):
+        assert not isinstance(prediction.predictions, tuple)
+        return {"score": 0.5, "each": [0.1, 0.2], "note": "text", "none": None}
+
+    class TwoOutputs(type(build(DISTILBERT))):
+        def forward(self, input_ids, labels=None):
+            output = super().forward(input_ids, labels=labels)
+            output["more"] = output.logits + 1
+            return output
+
+    model = TwoOutputs(build(DISTILBERT).config)
+    args = arguments(max_steps=2, metric_for_best_model="score", greater_is_better=True)
+    trainer = trainer_for(args, model=model, compute_metrics=metrics)
+    trainer.train(ignore_keys_for_eval=["more"])
+    assert trainer.save_results()["final"]["validation_each"] == [0.1, 0.2]
+
+
 @pytest.mark.parametrize("name", ["params", "model", "optimizer_dict"])
 def test_optimizer_arguments_that_the_trainer_uses_once_raise(name):
     optimizer = (torch.optim.AdamW, {name: []})
