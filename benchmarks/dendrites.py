@@ -179,22 +179,24 @@ def print_gains(records: list[dict], rows: list[str], candidate: str, score: str
 def print_first_runs(records: list[dict]) -> None:
     """Print one row per seed: the scores of the script without flags."""
     runs = sorted(records, key=lambda record: record["seed"])
-    print("\n| seed | test error without dendrites, % | with, % | kept | with 0, 1, ... dendrites, % | seconds |")
+    print("\n| seed | test error without dendrites, % | with, % | kept | with 0, 1, ... dendrites, % | CPU s |")
     print("| --- | --- | --- | --- | --- | --- |")
     without = [100 * (1 - run["cycles"][0]["test_accuracy"]) for run in runs]
     errors = [run["test_error"] for run in runs]
     for run, before, after in zip(runs, without, errors, strict=True):
         bars = ", ".join(f"{100 * (1 - cycle['test_accuracy']):.2f}" for cycle in run["cycles"])
-        print(f"| {run['seed']} | {before:.2f} | {after:.2f} | {run['dendrites']} | {bars} | {run['seconds']:.0f} |")
+        print(
+            f"| {run['seed']} | {before:.2f} | {after:.2f} | {run['dendrites']} | {bars} | {run['cpu_seconds']:.0f} |"
+        )
     if not runs:
         return
-    kept, seconds = (statistics.mean(run[key] for run in runs) for key in ("dendrites", "seconds"))
+    kept, seconds = (statistics.mean(run[key] for run in runs) for key in ("dendrites", "cpu_seconds"))
     print(f"| mean | {mean_and_spread(without)} | {mean_and_spread(errors)} | {kept:.1f} | | {seconds:.0f} |")
     lower = 100 * (1 - statistics.mean(errors) / statistics.mean(without))
     print(f"\ntest error {WITH} lower than without, %: {lower:.1f} on the means, {reduction(errors, without)}")
     some = sum(run["dendrites"] > 0 for run in runs)
-    longest = max(run["seconds"] for run in runs)
-    print(f"at least one dendrite kept: {some} of {len(runs)} seeds; the longest took {longest:.0f} s")
+    longest = max(run["cpu_seconds"] for run in runs)
+    print(f"at least one dendrite kept: {some} of {len(runs)} seeds; the longest took {longest:.0f} CPU s")
 
 
 # ------------------------------------------------------------------------------------------------------- the campaign

@@ -166,9 +166,9 @@ def first_run() -> str:
     rows = "".join(f"{line}\n" for line in text.splitlines() if line.startswith("|"))
     means, *paired = re.search(r"%: (-?[\d.]+) on the means, (.+)", text).groups()
     line = sentence(f'test error with dendrites lower than of "the same run before its first dendrite", %: {paired[0]}')
-    kept, longest = re.search(r"at least one dendrite kept: (.+); the longest took (.+) s", text).groups()
+    kept, longest = re.search(r"at least one dendrite kept: (.+); the longest took (.+) CPU s", text).groups()
     lines = f"{line}- The mean test error changes by {signed(-float(means))}.\n"
-    lines += f"- At least one dendrite kept: {kept}. The longest training took {longest} seconds.\n"
+    lines += f"- At least one dendrite kept: {kept}. The longest training took {longest} CPU seconds.\n"
     return f"{rows}\n{lines}{source('python benchmarks/dendrites.py --first_run', 'first_run.jsonl')}"
 
 
