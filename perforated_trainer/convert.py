@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
-from torch.nn import Conv1d, Conv2d, Conv3d
+from torch.nn import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.utils import logging
 
@@ -17,6 +17,7 @@ from .weight_reads import layers_read
 logger = logging.get_logger(__name__)
 
 _CONVOLUTIONS = Conv1d, Conv2d, Conv3d
+_OF_CHANNELS = *_CONVOLUTIONS, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
 _NORMS = tuple(
     getattr(torch.nn, name)
     for name in "BatchNorm1d BatchNorm2d BatchNorm3d SyncBatchNorm InstanceNorm1d InstanceNorm2d InstanceNorm3d "
@@ -123,8 +124,10 @@ def plan_dendrites(model: nn.Module, dendrite_args: DendriteArguments, training_
             raise PerforatedError(f"{name} has dendrites of {needed}")
     _check_quantized(model, args)
     plan = _choose(model, args)
+    initial = args.doing_pai and args.num_initial_dendrites and plan.names
+    if initial and not args.dendrite_rank:
+        _check_outputs_known(model, plan)
     if args.freeze_base:
-        initial = args.doing_pai and args.num_initial_dendrites and plan.names
         begins = initial or layers.layers_with_dendrites(model)
         if not plan.trained and (args.control_of or not begins):
             when = "without dendrites" if args.control_of else "before the first dendrite"
@@ -133,6 +136,18 @@ def plan_dendrites(model: nn.Module, dendrite_args: DendriteArguments, training_
     sizes = planned_sizes(model, args, plan)
     parameter_count.check_fits(sizes, args)
     return plan
+
+
+def _check_outputs_known(model: nn.Module, plan: Plan) -> None:
+    """Refuse initial dendrites for a block: its neurons are known from its first output alone."""
+    for name in plan.names:
+        module = model.get_submodule(name)
+        is_layer = layers.kind_of_low_rank(module) or isinstance(module, (*_OF_CHANNELS, nn.Embedding))
+        if not (is_layer or name in plan.norms or layers.has_dendrites(module)):
+            raise PerforatedError(
+                f"--num_initial_dendrites: the neurons of {name}, a {kind_of(module)}, are not known before its first "
+                "output: start without dendrites, or leave it out"
+            )
 
 
 def _check_quantization_mark(model: nn.Module) -> None:
@@ -171,10 +186,10 @@ def _check_quantized(model: nn.Module, args: DendriteArguments) -> None:
 def _delete_second_body(model: nn.Module) -> nn.Module | None:
     """Delete and return a registered `base_model`: a second name by which the body would be counted and saved twice.
 
-    If `base_model` is only the read-only property of transformers, nothing is registered and nothing is done.
+    Only in a model of transformers, in which the property of that name hides it: no code can reach it there.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
-    second = modules.get("base_model")
+    second = modules.get("base_model") if isinstance(model, PreTrainedModel) else None
     if second is None or sum(module is second for module in modules.values()) < 2:
         return None
     del model.base_model
@@ -254,6 +269,8 @@ def _choose(model: nn.Module, args: DendriteArguments) -> Plan:
             reason = f"{type(model).__name__} could not load them"
         elif other:
             reason = "other type of layer"
+        elif layers.forward_is_replaced(module):
+            reason = "its forward was replaced"
         elif name not in asked:
             if last is not None and not path & last:
                 reason = f"not in the last {args.perforate_last_blocks} blocks"
@@ -283,7 +300,11 @@ def _choose(model: nn.Module, args: DendriteArguments) -> Plan:
                 f"--dendrite_rank {args.dendrite_rank} is not below the smaller side of any layer that could get "
                 "dendrites"
             )
-        raise PerforatedError("no module can get dendrites: weights tied, frozen or with two names, or no such type")
+        types = sorted({kind_of(m) for m in model.modules() if next(m.parameters(recurse=False), None) is not None})
+        raise PerforatedError(
+            "no module can get dendrites: weights tied, frozen or with two names, or no such type; the types with "
+            f"weights are {', '.join(types[:20])} (--module_names_to_perforate)"
+        )
     return plan
 
 
@@ -302,8 +323,16 @@ def _no_low_rank(module: nn.Module, rank: int) -> str | None:
 
 def _trained_next_to_dendrites(model: nn.Module, args: DendriteArguments) -> list[str]:
     """With `freeze_base`, the names of the model's own parameters that are trained."""
-    every = [name for name, _ in model.named_modules()]
-    chosen = {name for names in patterns.find(args.modules_to_train, every).values() for name in names}
+    every, chosen = [name for name, _ in model.named_modules(remove_duplicate=False)], set()
+    for pattern, names in patterns.find(args.modules_to_train, every).items():
+        found = {
+            id(p)
+            for name, p in model.named_parameters(remove_duplicate=False)  # a tied weight has several names
+            if not sharing.is_quantized(p) and any(name.startswith(f"{module}.") for module in names)
+        }
+        if not found:
+            raise PerforatedError(f"--modules_to_train {pattern}: no weights that can be trained are in {names[0]}")
+        chosen |= found
     parameters = dict(model.named_parameters())
     if "dendrites_base" in vars(model):  # loaded with its dendrites: what was trained there
         new = set(model.dendrites_base["trained"])
@@ -313,9 +342,8 @@ def _trained_next_to_dendrites(model: nn.Module, args: DendriteArguments) -> lis
         new = {name for name, parameter in parameters.items() if _compat.is_new(parameter)}
     trained = [
         name
-        for name in parameters
-        if not any(part.startswith("dendrite") for part in name.split("."))
-        and (name in new or any(name.startswith(f"{module}.") for module in chosen))
+        for name, parameter in parameters.items()
+        if not any(part.startswith("dendrite") for part in name.split(".")) and (name in new or id(parameter) in chosen)
     ]
     return trained
 
@@ -371,13 +399,16 @@ def table(model: nn.Module, args: DendriteArguments, plan: Plan) -> str:
 
 
 def dimension_of_neurons(module: nn.Module, ndim: int | None = None) -> int:
-    """Dimension of the neurons in the output, from the end: after the batch for a convolution, the last for all else.
+    """Dimension of the neurons in the output, from the end: after the batch for a convolution or a normalization of
+    channels, the last for all else.
 
     Args:
         module (`nn.Module`): A layer or a block.
         ndim (`int`, *optional*): Number of dimensions of its output, if known.
     """
+    if isinstance(module, _NORMS) and ndim:
+        return 1 - ndim
     for part in module.modules():
-        if isinstance(part, _CONVOLUTIONS) and ndim in (None, len(part.kernel_size) + 2):
+        if isinstance(part, _OF_CHANNELS) and ndim in (None, len(part.kernel_size) + 2):
             return -1 - len(part.kernel_size)
     return -1

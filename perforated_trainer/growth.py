@@ -75,6 +75,7 @@ class Growth:
         self._best_numbers: dict[str, int] = {}
         self._best_step: int | None = None
         self._best_is_here = False  # whether the network has the best weights now
+        self._base_size = 0  # trained parameters that are no dendrites, of the best weights
         # Layers that no training step has used so far. One that is frozen has no gradient that tells, its dendrites do.
         self.unused = {name for name in plan.names if self._parameters(name)}
 
@@ -269,9 +270,12 @@ class Growth:
         return sharing.trained_part(self.model, frozen=not self.args.freeze_base)
 
     def _keep(self, step: int) -> None:
-        if self._best and (new := self._base_of(self._weights()) - self._base_of(self._best)):
-            raise PerforatedError(f"{min(new)} was frozen by --freeze_base and is trained now: --modules_to_train")
-        self._best = {name: value.detach().to("cpu", copy=True) for name, value in self._weights().items()}
+        weights, base = self._weights(), dict(self.model.named_parameters())
+        size = sum(weights[name].numel() for name in self._base_of(weights) & base.keys())
+        if size > self._base_size != 0:
+            raise PerforatedError("a layer that --freeze_base has frozen is trained now: name it in --modules_to_train")
+        self._base_size = size
+        self._best = {name: value.detach().to("cpu", copy=True) for name, value in weights.items()}
         self._best_numbers = self._numbers()
         self._best_step, self._best_is_here = step, True
 

@@ -278,8 +278,8 @@ def _blocks(hidden, up, bias, between, shape, activation, slope=True):
     is a `slope`, for each dendrite its value and sum as autograd has them."""
     (rows, neurons), number, pairs = shape, len(up), between.unbind()
     step = max(1, _BLOCK // (neurons * number)) if hidden.device.type == "cpu" else max(1, rows)
-    hidden, bias = hidden.view(number, -1, rows), bias.unsqueeze(1)
-    for start in range(0, rows, step):
+    hidden, bias = hidden.view(number, len(hidden) // number, rows), bias.unsqueeze(1)
+    for start in range(0, max(1, rows), step):  # also of no rows, as an expert has that no token is routed to
         block, graphs = slice(start, start + step), []
         part = hidden[:, :, block]
         values = torch.baddbmm(bias, part.transpose(1, 2), up)
@@ -367,19 +367,36 @@ def _kind(base):
 
 def kind_of_low_rank(module: nn.Module) -> str | None:
     """Name of the class of which a module computes the product, perhaps quantized; None if it has no low rank."""
-    kind = _kind(base_class(module))
-    return kind and kind.__name__
+    base, weight = base_class(module), getattr(module, "weight", None)
+    kind = _kind(base)
+    # A subclass with another `forward` may compute something else, unless it is there because its weight is quantized.
+    is_same = kind and (base.forward is kind.forward or base.__name__ == "FalconLinear")  # that rounds elsewhere
+    is_plain = type(weight) in (torch.Tensor, nn.Parameter) and weight.is_floating_point() and weight.itemsize > 1
+    return kind.__name__ if is_same or (kind and not is_plain) else None
 
 
 def _set_class(module, mixin):
     base = type(module)
     if not parametrize.is_parametrized(module):
         module.__class__ = dendrite_class(mixin, base)
-        return
+        return rebind_forward(module)
     # torch expects the class below its own one to be what it parametrizes.
     below = dendrite_class(mixin, base.__bases__[0])
     names = {name: value for name, value in vars(base).items() if name not in ("__dict__", "__weakref__")}
     module.__class__ = type(base.__name__, (below,), names)
+    rebind_forward(module)
+
+
+def rebind_forward(module: nn.Module) -> None:
+    """After a change of a module's class, let a hook of accelerate, as `device_map` adds it, call the new `forward`."""
+    if "_old_forward" in vars(module):
+        module._old_forward = type(module).forward.__get__(module)
+
+
+def forward_is_replaced(module: nn.Module) -> bool:
+    """Whether a module has a `forward` of its own, which would not call that of its class with dendrites."""
+    old = getattr(vars(module).get("_old_forward"), "__func__", None)  # where accelerate keeps the replaced one
+    return "forward" in vars(module) and old is not type(module).forward
 
 
 # ------------------------------------------------------------------------------------------ dendrites come and go
@@ -401,7 +418,7 @@ def rank_limit(module: nn.Module) -> int:
     Raises:
         ValueError: For a module that cannot have dendrites of low rank.
     """
-    kind = _kind(base_class(module))
+    kind = kind_of_low_rank(module) and _kind(base_class(module))
     if kind is nn.Linear:
         sizes = module.in_features, module.out_features
     elif kind is Conv1D:
@@ -492,7 +509,7 @@ def add_dendrites(
         if hasattr(module, "dendrites"):
             raise ValueError(f"This {base.__name__} has an attribute `dendrites` of its own")
         mixin = _Sequence if issubclass(base, nn.Sequential) else _Module
-        copies = nn.ModuleList(plain_copy(module) for _ in range(num_dendrites))
+        copies = nn.ModuleList(_trained_copy(module) for _ in range(num_dendrites))
         module.dendrites = copies
     like = next((p for p in module.parameters() if p.is_floating_point()), None)
     if like is None:  # quantized: as it computes
@@ -522,6 +539,14 @@ def plain_copy(module: nn.Module) -> nn.Module:
     return duplicate
 
 
+def _trained_copy(module):
+    """A copy of a block that is trained also if the block is frozen."""
+    duplicate = plain_copy(module)
+    for parameter in duplicate.parameters():
+        parameter.requires_grad_(parameter.is_floating_point() and parameter.numel() > 0)
+    return duplicate
+
+
 def resize_dendrites(module: nn.Module, num_dendrites: int) -> None:
     """Give a layer with dendrites more or fewer, in place: the first ones keep their values, new ones are zero."""
     if not num_dendrites:
@@ -538,7 +563,7 @@ def resize_dendrites(module: nn.Module, num_dendrites: int) -> None:
         setattr(module, name, nn.Parameter(new, requires_grad=trained and 0 not in shape))
     if hasattr(module, "dendrites"):
         kept = list(module.dendrites)[:num_dendrites]
-        kept += [plain_copy(kept[0]) for _ in range(num_dendrites - before)]
+        kept += [_trained_copy(kept[0]) for _ in range(num_dendrites - before)]
         module.dendrites = nn.ModuleList(kept)
     module.num_dendrites = num_dendrites
 
@@ -586,19 +611,46 @@ def remove_dendrites(module: nn.Module) -> nn.Module:
         module.__class__ = type(cls.__name__, (below,), names)
     else:
         module.__class__ = base_class(module)
+    rebind_forward(module)
     return module
 
 
 def compute_in_full(model: nn.Module) -> None:
-    """Switch off PyTorch's fast path in encoder layers that hold dendrites: it reads weights and calls no layer.
+    """Switch off PyTorch's fast path in encoder layers that hold dendrites, and on again where none remain.
 
-    `nn.TransformerEncoderLayer` takes it in evaluation only, so training would not show that dendrites are left out.
+    It reads weights and calls no layer. `nn.TransformerEncoderLayer` takes it in evaluation only, so training would not
+    show that dendrites are left out.
     """
     for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer) and layers_with_dendrites(module):
-            module.activation_relu_or_gelu = 0  # what torch reads to choose the path; the other path does not read it
-        elif isinstance(module, nn.TransformerEncoder) and layers_with_dendrites(module):
-            module.use_nested_tensor = False
+        is_off = "fast_path_before" in vars(module)
+        if not isinstance(module, nn.TransformerEncoderLayer) or bool(layers_with_dendrites(module)) == is_off:
+            continue
+        if is_off:
+            module.activation_relu_or_gelu = module.fast_path_before
+            del module.fast_path_before
+            for hooks in (module._forward_pre_hooks, module._forward_hooks):
+                for key in [key for key, hook in hooks.items() if hook in (_to_padded, _to_nested)]:
+                    del hooks[key]
+        else:  # torch reads the attribute to choose the path; the other path does not read it
+            module.fast_path_before, module.activation_relu_or_gelu = module.activation_relu_or_gelu, 0
+            module.register_forward_pre_hook(_to_padded, with_kwargs=True)
+            module.register_forward_hook(_to_nested, with_kwargs=True)
+
+
+def _to_padded(module, args, kwargs):
+    """nn.TransformerEncoder passes nested tensors in evaluation with a padding mask, which only the fast path takes."""
+    if not (args and args[0].is_nested):
+        return None
+    padded, lengths = args[0].to_padded_tensor(0.0), [len(row) for row in args[0].unbind()]
+    mask = (torch.arange(padded.shape[1]) >= torch.tensor(lengths).unsqueeze(1)).to(padded.device)
+    mask.lengths = lengths
+    return (padded, *args[1:]), kwargs | {"src_key_padding_mask": mask}
+
+
+def _to_nested(module, args, kwargs, output):
+    if not (lengths := getattr(kwargs.get("src_key_padding_mask"), "lengths", None)):
+        return output
+    return torch.nested.as_nested_tensor([row[:length] for row, length in zip(output, lengths)])  # noqa: B905
 
 
 # --------------------------------------------------------------------- a convolution joined with its normalization

@@ -29,6 +29,7 @@ from .layers import (
     can_fuse,
     compute_in_full,
     dendrite_class,
+    has_dendrites,
     join,
     layers_with_dendrites,
 )
@@ -154,7 +155,7 @@ class DendriteQuantizer(HfQuantizer):
     update_tp_plan = update_attn_implementation  # the same hook, as transformers 5.5 calls it
 
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
-        saved = read_shapes(checkpoint_files) if checkpoint_files else None
+        saved = self._leave_out_resized(model, read_shapes(checkpoint_files)) if checkpoint_files else None
         self._base = None
         if base := getattr(self.quantization_config, "base", None):
             _check_loadable(base)
@@ -165,6 +166,18 @@ class DendriteQuantizer(HfQuantizer):
         self._shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
         if saved is not None:
             check_dendrites(model, saved, partial)
+
+    def _leave_out_resized(self, model, saved):
+        """Leave out the dendrites of layers of another size than in the files: transformers refuses them, or makes new
+        ones with `ignore_mismatched_sizes=True`. Returns what the files hold without these dendrites."""
+        prefix, config = f"{getattr(model, 'base_model_prefix', '')}.", self.quantization_config
+        sizes = {name.removeprefix(prefix): tuple(value.shape) for name, value in model.state_dict().items()}
+        shapes = {name.removeprefix(prefix): shape for name, shape in saved.items()}
+        resized = [name for name in shapes.keys() & sizes.keys() if shapes[name] != sizes[name]]
+        left = [n for n in config.layers if any(name.startswith(f"{n.removeprefix(prefix)}.") for name in resized)]
+        config.layers = {name: value for name, value in config.layers.items() if name not in left}
+        starts = tuple(f"{name.removeprefix(prefix)}.dendrite" for name in left)
+        return {n: shape for n, shape in saved.items() if not n.removeprefix(prefix).startswith(starts)}
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         # transformers 5.5 does not compare shapes where there is a quantizer.
@@ -520,6 +533,13 @@ class _Model(_Reduced):
     def train(self, mode=True):
         """As in the model's class; quick if all modules are in that mode, which the Trainer asks for at each step."""
         return self if all(module.training is mode for module in self.modules()) else super().train(mode)
+
+    def resize_token_embeddings(self, new_num_tokens=None, *args, **kwargs):
+        """As in transformers, which makes new embeddings. ValueError if these have dendrites."""
+        for layer in (self.get_input_embeddings(), self.get_output_embeddings()):
+            if new_num_tokens and has_dendrites(layer) and new_num_tokens != layer.dendrite_to_output.shape[1]:
+                raise ValueError("the output layer has dendrites, which have its size: resize before these are added")
+        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
 
     def save_pretrained(self, save_directory, *args, push_to_hub=False, variant=None, dendrites_only=False, **kwargs):
         """As in transformers. A model with dendrites is saved under one name only, so `variant` is not read.

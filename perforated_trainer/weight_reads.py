@@ -14,8 +14,11 @@ from collections.abc import Iterator
 from functools import cache
 
 from torch import nn
+from transformers import PreTrainedModel
 
-_READS = re.compile(r"self(\.\w+|\[[^\]]*\])+\.(weight|bias)\b")
+from .layers import rebind_forward
+
+_READS = re.compile(r"(?<!self)(?<!module)\.(weight|bias)\b")
 _HARMLESS = set("dtype device shape ndim size dim numel requires_grad is_cuda is_meta is_quantized grad".split())
 _WHEN_MADE = set(
     "__init__ _init_weights init_weights initialize_weights "
@@ -40,22 +43,26 @@ def layers_read(model: nn.Module) -> dict[str, str]:
         names.setdefault(module, name)
     for module in names:
         for cls in type(module).__mro__:
-            if cls is nn.Module or not issubclass(cls, nn.Module) or cls in _COMPUTED_IN_FULL:
+            if not issubclass(cls, nn.Module) or cls in (nn.Module, PreTrainedModel, *_COMPUTED_IN_FULL):
                 continue
             for path, method in _reads(cls):
-                layer = _resolve(module, path)
-                if isinstance(layer, nn.Module) and layer in names:
-                    found.setdefault(names[layer], f"{cls.__name__}.{method}")
+                for layer in _resolve(module, path):
+                    if isinstance(layer, nn.Module) and layer in names:
+                        found.setdefault(names[layer], f"{cls.__name__}.{method}")
     return found
 
 
-def _resolve(module, path: tuple):
-    for part in path:
+def _resolve(module, path: tuple) -> list:
+    """What a path leads to; `...` in it stands for each module of a list."""
+    for i, part in enumerate(path):
+        if part is ...:
+            each = module.children() if isinstance(module, (nn.ModuleList, nn.Sequential)) else ()
+            return [found for child in each for found in _resolve(child, path[i + 1 :])]
         try:
             module = module[part] if isinstance(part, int) else getattr(module, part)
         except (AttributeError, IndexError, KeyError, TypeError):
-            return None
-    return module
+            return []
+    return [module]
 
 
 @cache
@@ -66,7 +73,9 @@ def _reads(cls: type) -> list[tuple[tuple, str]]:
     for method in node.body if node else ():
         if not isinstance(method, ast.FunctionDef) or method.name in _WHEN_MADE:
             continue
-        harmless = set()
+        if method.name.startswith(("init_", "_init_")):
+            continue
+        harmless, roots = set(), {"self": ()} | _loop_variables(method)
         for part in ast.walk(method):
             if isinstance(part, ast.Attribute) and part.attr in _HARMLESS:
                 harmless.add(id(part.value))
@@ -78,24 +87,37 @@ def _reads(cls: type) -> list[tuple[tuple, str]]:
             reads = (
                 isinstance(part, ast.Attribute) and part.attr in ("weight", "bias") and isinstance(part.ctx, ast.Load)
             )
-            if reads and id(part) not in harmless and (path := _path(part.value)):
+            if reads and id(part) not in harmless and (path := _path(part.value, roots)):
                 found.append((path, method.name))
     return found
 
 
-def _path(node) -> tuple | None:
-    """The path of `self.a.b[0]` from `self`; None for anything else, and for `self` alone."""
+def _loop_variables(method) -> dict[str, tuple]:
+    """Paths of loop variables: `for block in self.blocks`, `for i, block in enumerate(self.blocks)`."""
+    found = {}
+    for node in ast.walk(method):
+        if isinstance(node, (ast.For, ast.comprehension)):
+            target, each = node.target, node.iter
+            if isinstance(each, ast.Call) and getattr(each.func, "id", None) == "enumerate" and each.args:
+                target, each = getattr(target, "elts", [None])[-1], each.args[0]
+            if isinstance(target, ast.Name) and (path := _path(each, {"self": ()})):
+                found[target.id] = (*path, ...)
+    return found
+
+
+def _path(node, roots: dict[str, tuple]) -> tuple:
+    """The path of `self.a.b[0]` from `self`, empty for anything else; `...` is an index that is computed."""
     parts = []
     while isinstance(node, (ast.Attribute, ast.Subscript)):
         if isinstance(node, ast.Attribute):
             parts.append(node.attr)
-        elif isinstance(node.slice, ast.Constant) and isinstance(node.slice.value, (int, str)):
-            parts.append(node.slice.value)
-        else:
-            return None
+        elif not isinstance(node.slice, ast.Slice):  # a slice is a list again
+            try:
+                parts.append(ast.literal_eval(node.slice))
+            except ValueError:
+                parts.append(...)
         node = node.value
-    is_self = isinstance(node, ast.Name) and node.id == "self"
-    return tuple(reversed(parts)) if is_self and parts else None
+    return (*roots[node.id], *reversed(parts)) if isinstance(node, ast.Name) and node.id in roots else ()
 
 
 def _class_node(cls: type) -> ast.ClassDef | None:
@@ -155,11 +177,13 @@ def watch_reads(model: nn.Module, names: list[str]) -> Iterator[dict[str, bool]]
         if module not in before and "weight" in module._parameters:
             before[module] = type(module)
             module.__class__ = _watched(type(module), name, found, called, inside)
+            rebind_forward(module)
     try:
         yield found
     finally:
         for module, cls in before.items():
             module.__class__ = cls
+            rebind_forward(module)
         found.update({name: name in called for name in found})
 
 

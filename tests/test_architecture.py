@@ -29,6 +29,7 @@ HOOKS = {
 }
 # Private names of other libraries outside of `_compat` and `pai`; each has its reason next to it in the code.
 PRIVATE = {
+    "layers": {"_old_forward"},
     "loading": {"_keys_to_ignore_on_load_missing", "_keys_to_ignore_on_save"},
     "remote_code": {"_model_mapping"},
     "sharing": {"_commit_hash", "_name_or_path", "_version"},

@@ -235,7 +235,7 @@ def test_baseline_that_ends_before_its_run_has_no_comparison(folder, capsys):
 
 
 @pytest.mark.parametrize("same", [True, False])
-def test_baseline_that_begins_with_other_weights_is_named_in_the_verdict(same, folder):
+def test_baseline_that_begins_with_other_weights_is_named_in_the_comparison(same, folder):
     model = build(DISTILBERT)
     train(model=None if same else model)
     _, mine = train(dendrites=OF_RUN, model=None if same else train("other", model=model)[0].model, steps=15)

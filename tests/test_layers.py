@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 from transformers.pytorch_utils import Conv1D
@@ -196,6 +197,14 @@ def test_dendrites_have_dtype_and_frozen_parameters_stay_frozen(kind, dtype):
     assert {p.dtype for p in new.parameters()} == {dtype}
 
 
+@pytest.mark.parametrize("kind", ["conv2d, reflect", "block"])
+def test_copies_of_a_frozen_block_are_trained(kind):
+    block = layers.add_dendrites(LAYERS[kind][0]().requires_grad_(False), 1, dim=-3, neurons=6)
+    layers.resize_dendrites(block, 2)
+    trained = {name: p.requires_grad for name, p in block.named_parameters()}
+    assert all(is_trained == ("dendrite" in name) for name, is_trained in trained.items()) and len(trained) >= 8
+
+
 WRONG = {
     "already": lambda: layers.add_dendrites(layers.add_dendrites(nn.Linear(3, 4), 2), 1),
     "Unknown dendrite activation": lambda: layers.add_dendrites(nn.Linear(3, 4), 1, activation="os.system"),
@@ -385,6 +394,38 @@ def test_transformer_encoder_evaluates_with_its_dendrites(nested, norm_first, pa
         for part in (layer.linear1, layer.linear2):
             layers.remove_dendrites(part)
     assert not torch.allclose(used, compute()[0], atol=1e-2)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_zero_dendrites_leave_a_padded_encoder_as_it_is_and_removed_ones_its_fast_path():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    model, x = nn.TransformerEncoder(layer, 2, norm=nn.LayerNorm(16)).eval(), torch.randn(3, 6, 16)
+    padded = torch.arange(6) >= torch.tensor([[4], [2], [4]])  # torch sets these positions to 0 before the norm
+
+    @torch.no_grad()
+    def compute():
+        layers.compute_in_full(model)
+        return model(x, src_key_padding_mask=padded)
+
+    before, expected = [set(vars(part)) for part in model.modules()], compute()
+    for _ in range(2):
+        layers.add_dendrites(model.layers[1].linear1, 1)
+        torch.testing.assert_close(compute(), expected, atol=1e-5, rtol=1e-4)
+        layers.remove_dendrites(model.layers[1].linear1)
+        assert torch.equal(compute(), expected) and not model.layers[1]._forward_hooks
+        assert [set(vars(part)) for part in model.modules()] == before
+
+
+def test_hook_of_accelerate_calls_the_layer_with_its_dendrites():
+    layer, x = nn.Linear(4, 6), torch.randn(2, 4)
+    add_hook_to_module(layer, ModelHook())
+    assert not layers.forward_is_replaced(layer)
+    expected = layer(x)
+    nn.init.ones_(layers.add_dendrites(layer, 1).dendrite_to_output)
+    torch.testing.assert_close(layer(x), expected + 0.5)  # a sigmoid of zero
+    assert not layers.forward_is_replaced(layer) and torch.equal(copy.deepcopy(layer)(x), layer(x))
+    assert torch.equal(layers.remove_dendrites(layer)(x), expected)
 
 
 def test_join_and_separate_give_back_the_model():

@@ -349,6 +349,26 @@ def test_head_with_dendrites_is_replaced_by_another_head(tmp_path):
     assert not [name for name in layers_with_dendrites(body) if "classifier" in name]
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_head_of_another_size_is_new_and_has_no_dendrites(tmp_path):
+    model, cls = grown(DISTILBERT), model_class(DISTILBERT)
+    model.save_pretrained(tmp_path)
+    loaded = cls.from_pretrained(tmp_path, num_labels=5, ignore_mismatched_sizes=True)
+    assert type(loaded.classifier) is nn.Linear and loaded.classifier.out_features == 5
+    assert same_parameters(loaded.distilbert, model.distilbert) and layers.has_dendrites(loaded.pre_classifier)
+    with pytest.raises((RuntimeError, ValueError), match=r"ignore_mismatched_sizes|was saved with shape"):
+        cls.from_pretrained(tmp_path, num_labels=5)
+
+
+def test_resize_of_an_output_layer_with_dendrites_raises():
+    model = build(BERT)
+    model.resize_token_embeddings(1001)
+    layers.add_dendrites(model.get_output_embeddings(), 1)
+    loading.make_dendritic(model).resize_token_embeddings(1001)
+    with pytest.raises(ValueError, match="output layer has dendrites"):
+        model.resize_token_embeddings(1002)
+
+
 def test_from_config_of_a_folder_with_dendrites_saves_models_that_load(tmp_path):
     grown(BERT).save_pretrained(tmp_path / "a")
     config = transformers.AutoConfig.from_pretrained(tmp_path / "a")

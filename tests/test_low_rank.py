@@ -7,6 +7,7 @@ import json
 import models
 import pytest
 import torch
+import transformers
 from safetensors import safe_open
 from torch import nn
 from transformers import DistilBertForSequenceClassification, DistilBertModel, TrainingArguments
@@ -76,6 +77,33 @@ def test_second_derivative_exists():
     layer, x = grown("linear", 2)
     layer.double()
     assert torch.autograd.gradgradcheck(layer, (x.double()[:1, :2].requires_grad_(),))
+
+
+def test_no_rows_have_no_output_and_zero_gradients():  # an expert that no token is routed to
+    layer, _ = grown("linear", 2)
+    x = torch.randn(0, 12, requires_grad=True)
+    assert layer(x).shape == (0, 10)
+    layer(x).sum().backward()
+    assert x.grad.shape == x.shape and not layer.dendrite_up.grad.any()
+
+
+class Router(nn.Linear):
+    def forward(self, x):
+        return super().forward(x).topk(2)
+
+
+class Named(nn.Linear):
+    pass
+
+
+def test_subclass_that_computes_something_else_has_no_low_rank():
+    falcon = transformers.models.falcon.modeling_falcon.FalconLinear
+    for cls, expected in ((Router, None), (Named, "Linear"), (falcon, "Linear")):
+        layer = cls(12, 10)
+        assert layers.kind_of_low_rank(layer) == expected
+    assert layers.kind_of_low_rank(layers.add_dendrites(layer, 1, rank=2)) == "Linear"
+    with pytest.raises(ValueError, match="Router cannot have dendrites of low rank"):
+        layers.add_dendrites(Router(12, 10), 1, rank=2)
 
 
 def test_output_is_the_same_with_and_without_gradients():
@@ -209,6 +237,16 @@ def test_modules_to_train_are_trained_in_full(pretrained):
     perforate(pretrained, DendriteArguments(**FROZEN, modules_to_train=["sa_layer_norm"]), arguments())
     assert pretrained.distilbert.transformer.layer[0].sa_layer_norm.weight.requires_grad
     assert not pretrained.distilbert.transformer.layer[0].output_layer_norm.weight.requires_grad
+
+
+def test_modules_to_train_finds_tied_weights_by_both_names(tmp_path):
+    models.build("GPT2LMHeadModel").save_pretrained(tmp_path)
+    for name in ("wte", "lm_head"):
+        model = transformers.GPT2LMHeadModel.from_pretrained(tmp_path)
+        perforate(model, DendriteArguments(**FROZEN, modules_to_train=[name]), arguments())
+        assert [n for n, p in model.named_parameters() if p.requires_grad] == ["transformer.wte.weight"]
+    with pytest.raises(PerforatedError, match=r"modules_to_train attn_dropout: .*no weights"):
+        perforate(model, DendriteArguments(**FROZEN, modules_to_train=["wte", "attn_dropout"]), arguments())
 
 
 @pytest.mark.parametrize(
