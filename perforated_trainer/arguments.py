@@ -42,7 +42,8 @@ class DendriteArguments:
     Arguments of dendrites, next to `TrainingArguments`. One "epoch" of perforatedai's names is one evaluation.
 
     Args:
-        save_name (`str`, *optional*): Name of the run, and of its folder if `output_dir` is not given.
+        save_name (`str`, *optional*): Name of the run; on a command line, also of its folder if there is no
+            `--output_dir`.
         doing_pai (`bool`, defaults to `True`): Add dendrites. If `False`: same network and stopping rule, none added.
         testing_dendrite_capacity (`bool`, defaults to `False`): Add three dendrites, one at each evaluation, to test
             memory. Not a real run.
@@ -208,7 +209,7 @@ def _check_numbers(args: DendriteArguments) -> None:
         if not number or not whole or value < least or (value == least and not included):
             what = "a whole number" if kind is int else "a number"
             raise PerforatedError(
-                f"--{name} {value}: it must be {what} {f'of at least {least}' if included else f'above {least}'}"
+                f"--{name} {value!r}: it must be {what} {f'of at least {least}' if included else f'above {least}'}"
             )
     if args.num_initial_dendrites > args.max_dendrites:
         raise PerforatedError(
@@ -227,7 +228,8 @@ def from_command_line(training_args: TrainingArguments | None) -> bool:
 
 
 def in_python(message: str) -> str:
-    """A message without the dashes of flags: `--max_dendrites` is the argument `max_dendrites`."""
+    """A message with arguments of Python instead of flags: `name` for `--name`, and `name=8` for `--name 8`."""
+    message = re.sub(r"(?<![\w-])--([a-z]\w+) (\d[\d.]*\d|\d)(?![\d.]*\w)", r"\1=\2", message)
     return re.sub(r"(?<![\w-])--(?=[a-z]\w+)", "", message)
 
 
@@ -278,7 +280,7 @@ def check_arguments(dendrite_args: DendriteArguments, args: TrainingArguments) -
     if args.device.type == "xla":
         raise PerforatedError("TPUs are not supported; use DistributedDataParallel on GPUs or CPUs: torchrun")
     if args.fp16 and args.device.type == "cpu":
-        raise PerforatedError("--fp16 needs a GPU and would be ignored; on the CPU use --bf16 --use_cpu")
+        raise PerforatedError("--fp16 needs a GPU and would be ignored; on the CPU use --bf16 and --use_cpu")
     # Without a GPU the Trainer takes several processes for separate runs, which would race for one folder.
     if int(os.environ.get("WORLD_SIZE", "1")) > args.world_size:
         raise PerforatedError("several processes without a GPU: --use_cpu is needed, which trains them with gloo")

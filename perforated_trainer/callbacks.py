@@ -146,7 +146,7 @@ class PlotCallback(TrainerCallback):
                     kept_dendrites=kept_dendrites,
                     cycles=cycles,
                 )
-            except OSError as error:  # a full disk, for example; the training needs no plot
+            except Exception as error:  # a full disk, for example; the training needs no plot
                 say(f"warning: {path} cannot be drawn: {error}")
         self.drawn = time.monotonic()
         self.seconds = self.drawn - began

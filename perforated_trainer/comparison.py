@@ -106,12 +106,14 @@ def sentence(
     )
     if interval is None:
         words += f"There is no confidence interval: {reason or 'the metric has no values for single examples'}."
-    elif interval[0] <= 0 <= interval[1]:
-        words += "The difference is not statistically significant (95% CI includes 0"
     else:
-        words += f"With dendrites it is {'better' if better else 'worse'}, statistically significant (95% CI excludes 0"
-    if interval is not None:
-        words += f"; {compared['test_examples']:,} {part} examples)."
+        low, high = interval
+        bounds, zero = f"{low:+.4f} to {high:+.4f}", "includes 0" if low <= 0 <= high else "excludes 0"
+        if what.endswith("error"):
+            bounds = f"{-100 * high:+.2f} to {-100 * low:+.2f} percentage points"
+        significant = f"With dendrites it is {'better' if better else 'worse'}, statistically significant"
+        words += significant if zero == "excludes 0" else "The difference is not statistically significant"
+        words += f" (95% CI {bounds}, {zero}; {compared['test_examples']:,} {part} examples)."
     if part == "validation":
         words += f" These are validation scores, by which both models were selected: {no_test}."
     return words if dendrites else f"The run kept no dendrite. {words}"

@@ -101,7 +101,7 @@ class ExportingTrainer(Trainer):
                 say(f"note: the base is known by a path of this machine, {base['name']}, which is stored as its name")
             self._write_dendrites_card(Path(output_dir or self.args.output_dir))
 
-    _dendrites_only = False
+    _dendrites_only, training_id = False, None
 
     def _check_dendrites_only(self) -> None:
         if not isinstance(self.model, PreTrainedModel):
@@ -142,6 +142,10 @@ class ExportingTrainer(Trainer):
         """
         if self.stopped_by is None:
             raise PerforatedError("save_results: there are no results yet, call train() first")
+        if self.training_id != getattr(self.model, "training_id", self.training_id):
+            raise PerforatedError(
+                "save_results: another trainer has trained this model since; use one model per trainer"
+            )
         final = {"dendrites": self.num_dendrites, "parameters": self.num_parameters}
         for data, part in ((self.eval_dataset, "validation"), (self.test_dataset, "test")):
             if data is not None:
@@ -219,19 +223,19 @@ class ExportingTrainer(Trainer):
     def create_model_card(self, *args, **kwargs) -> None:
         """Write the model's README.md into `output_dir`; after `save_results`, with its scores and how to load it."""
         results, numbers = getattr(self, "results", None), self._numbers_of_dendrites()
-        if isinstance(self.model, PreTrainedModel) and sharing.quantization(self.model):
+        has_config, is_transformers = hasattr(self.model, "config"), isinstance(self.model, PreTrainedModel)
+        is_plain = not has_config and not hasattr(self.model, "save_pretrained")
+        if is_transformers and sharing.quantization(self.model):
             self._write_dendrites_card(Path(self.args.output_dir))  # the base is not saved with them
-        elif not hasattr(self.model, "config"):  # the stock card reads it to name the model that it was made from
-            super().create_model_card(*args, **{"finetuned_from": ""} | kwargs)
+        elif results is None or not (is_transformers or is_plain):
+            # The stock card reads the config to name the model that it was made from.
+            super().create_model_card(*args, **({} if has_config else {"finetuned_from": ""}) | kwargs)
             path = Path(self.args.output_dir, "README.md")
-            if path.is_file() and self.is_world_process_zero():
-                text, nothing = (
-                    path.read_text(encoding="utf-8"),
-                    "is a fine-tuned version of [](https://huggingface.co/)",
+            if not has_config and path.is_file() and self.is_world_process_zero():
+                nothing = "is a fine-tuned version of [](https://huggingface.co/)"
+                checkpoint.write_whole(
+                    path, path.read_text(encoding="utf-8").replace(nothing, "was trained from scratch")
                 )
-                checkpoint.write_whole(path, text.replace(nothing, "was trained from scratch"))
-        elif results is None or not isinstance(self.model, PreTrainedModel):
-            super().create_model_card(*args, **kwargs)
         elif self.is_world_process_zero():
             kind, processor = type(self.model), self.processing_class
             run, here = (self._run_of_card or self.run_dir).resolve(), Path.cwd()
@@ -245,13 +249,17 @@ class ExportingTrainer(Trainer):
                 path=self.hub_model_id or (run / run_dir.FINAL).as_posix(),
                 mask=getattr(processor, "mask_token", None),
                 layers=numbers,
-                auto_class=min(auto_classes(base_class(self.model), type(self.model.config)), key=_is_for_pretraining),
+                auto_class=None if is_plain else self._auto_class(),
                 has_code=getattr(self, "has_code", False),
+                is_plain=is_plain,
             )
             given = inspect.signature(Trainer.create_model_card).bind(self, *args, **kwargs).arguments
             known = inspect.signature(model_card.add_metadata).parameters
             card = model_card.add_metadata(card, **{key: value for key, value in given.items() if key in known})
             checkpoint.write_whole(Path(self.args.output_dir, "README.md"), card)
+
+    def _auto_class(self) -> str:
+        return min(auto_classes(base_class(self.model), type(self.model.config)), key=_is_for_pretraining)
 
     def _numbers_of_dendrites(self) -> dict[str, int]:
         return {name: layer.num_dendrites for name, layer in layers.layers_with_dendrites(self.model).items()}

@@ -51,6 +51,7 @@ def model_card(
     layers: dict[str, int] | None = None,
     auto_class: str | None = None,
     has_code: bool = True,
+    is_plain: bool = False,
 ) -> str:
     """The README.md of a model: metadata with the scores, and the lines that load it, ready to copy.
 
@@ -65,6 +66,7 @@ def model_card(
         layers (`dict[str, int]`, *optional*): Number of dendrites of each layer that has some, by its name.
         auto_class (`str`, *optional*): The Auto class in the model's `config.json`. By default that of the task.
         has_code (`bool`): Whether all code that the model needs is saved with it.
+        is_plain (`bool`): Whether the model is a `torch.nn.Module` that is not one of transformers.
 
     Returns:
         `str`: The text, with YAML front matter.
@@ -78,8 +80,8 @@ def model_card(
     first = results["cycles"][0] if results["cycles"] else final
     without = first["parameters"] if layers and not first["dendrites"] else None
     metadata = ModelCardData(
-        library_name="transformers",
-        pipeline_tag=task,
+        library_name="pytorch" if is_plain else "transformers",
+        pipeline_tag=None if is_plain else task,
         tags=["perforated-ai", "dendrites"] if layers else None,
         datasets=[data] if re.fullmatch(r"[\w.-]+/[\w.-]+", data or "") else None,  # its name on the Hub
         model_name=name,
@@ -110,6 +112,12 @@ def model_card(
         return ["from transformers import pipeline", "", call, shows]
 
     package, trust = "import perforated_trainer  # lets transformers load dendrites", ", trust_remote_code=True"
+    if is_plain:
+        lines = ["from perforated_trainer import load_perforated_model", ""]
+        lines.append(f"model = load_perforated_model({model_class}(), {_quoted(path)})")
+        return (
+            f"{card}\nIn a program that defines `{model_class}`, for a new module without dendrites:\n{_block(lines)}"
+        )
     if not has_code:
         card += f"\nThe code of `{model_class}` is not saved with the model. In a program that defines it:\n"
         lines = [f"model = {model_class}.from_pretrained({_quoted(path)})"]

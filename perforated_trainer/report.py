@@ -255,8 +255,17 @@ def no_dendrite_can_come(
 # -------------------------------------------------------------------------------------------------------- after a run
 
 
-def no_dendrite_came(dendrite_args: DendriteArguments, evaluations: list[dict], score_name: str) -> str | None:
-    """A warning for a run that ended without a dendrite, with the reason."""
+def no_dendrite_came(
+    dendrite_args: DendriteArguments, evaluations: list[dict], score_name: str, was_added: bool = False
+) -> str | None:
+    """A warning for a run that ended without a trained dendrite, with the reason.
+
+    Args:
+        dendrite_args (`DendriteArguments`): The settings of the dendrites.
+        evaluations (`list[dict]`): `Growth.evaluations`.
+        score_name (`str`): Name of the monitored metric.
+        was_added (`bool`): Whether a dendrite was added, which then no evaluation has seen.
+    """
     rows = scores(evaluations, score_name)
     if not dendrite_args.doing_pai or dendrite_args.control_of or any(row["dendrites"] for row in rows):
         return None
@@ -264,6 +273,8 @@ def no_dendrite_came(dendrite_args: DendriteArguments, evaluations: list[dict], 
     reason = f"one is added after {patience} evaluations without improvement (n_epochs_to_switch)"
     if dendrite_args.switch_mode == "fixed":
         reason = "one is added at the end of a cycle"
+    if was_added:
+        return "warning: no dendrite was trained: the run ended before the first evaluation with one"
     if not dendrite_args.max_dendrites:
         reason = "max_dendrites is 0"
     return f"warning: this run added no dendrite: it had {count(len(rows), 'evaluation')}, and {reason}"

@@ -98,6 +98,13 @@ def _refuse_links(folder: Path) -> None:
             raise PerforatedError(f"{path} is a link, the run writes there and follows none: move it away")
 
 
+def release(folder: Path) -> None:
+    """Give back the folder of a run that has ended before its first step, if nothing else is in it."""
+    if PartialState().is_main_process and [path.name for path in folder.iterdir()] == [RUN]:
+        (folder / RUN).unlink()
+        folder.rmdir()
+
+
 def acquire(folder: Path, command: str, overwrite: bool = False, resumed: bool = False, **how) -> None:
     """Make `folder` the folder of this run. Every process calls this, and all raise if it fails in one.
 
@@ -257,7 +264,10 @@ def results_of(folder: Path, from_command_line: bool = False) -> dict:
     paths = [checkpoint.locate(folder / FINAL, name) for name in _final_names(folder)]
     if not (paths and all(path and path.is_file() for path in paths) and os.path.lexists(folder / RESULTS)):
         resume = "--resume_from_checkpoint true" if from_command_line else "trainer.train(resume_from_checkpoint=True)"
-        raise PerforatedError(f"{flag}: this run is not complete; continue it first with {resume}")
+        raise PerforatedError(
+            f"{flag}: this run has no {RESULTS} or no model in {FINAL}/: continue it first with {resume}; then its "
+            "script or you call trainer.save_results()"
+        )
     results = checkpoint.read_json(folder / RESULTS)
     for name, is_valid in _VALID.items():
         if not is_valid(results.get(name)):

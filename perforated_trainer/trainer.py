@@ -12,6 +12,7 @@ import dataclasses
 import inspect
 import math
 import pickle
+import secrets
 import sys
 import time
 import weakref
@@ -21,6 +22,7 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from transformers import EarlyStoppingCallback, PreTrainedModel, PrinterCallback, Seq2SeqTrainer, TrainerState
 from transformers import ProgressCallback as StockProgressCallback
+from transformers import trainer as stock_trainer
 from transformers.trainer_utils import TrainOutput, has_length
 
 from . import _compat, checkpoint, convert, report, run_dir, schedule
@@ -95,6 +97,8 @@ class PerforatedTrainer(EvaluatingTrainer):
             self.args.output_dir = f"{Path(run) if Path(run).name else Path(run).resolve()}-control"
             say(f"note: the baseline is written to {self.args.output_dir}")
         self.args.logging_nan_inf_filter = False  # a loss that is not finite must be seen
+        if self.args.device.type == "cpu":
+            self.args.dataloader_pin_memory = False  # else PyTorch warns that there is no accelerator
         self.test_dataset = test_dataset
         self.score_name = "eval_" + self.args.metric_for_best_model.removeprefix("eval_")
         self.stopped_by, self.train_seconds, self.restarts = None, 0.0, []
@@ -107,9 +111,11 @@ class PerforatedTrainer(EvaluatingTrainer):
         self.decision, self._began, self._unwatched = Decision.CONTINUE, time.monotonic(), set()
         self.stop_signal = StopSignalCallback()
         for callback in self._callbacks().copy():
-            if type(callback) in (StockProgressCallback, PrinterCallback):  # not a subclass, which is the user's
+            # Not a subclass, which is the user's. In a notebook, the stock one is a third class.
+            if type(callback) in (StockProgressCallback, PrinterCallback, stock_trainer.DEFAULT_PROGRESS_CALLBACK):
                 self.remove_callback(callback)
-        patience = None if self._fixed else self.dendrite_args.n_epochs_to_switch
+        is_planned = self._fixed or self.dendrite_args.control_of  # when a cycle ends
+        patience = None if is_planned else self.dendrite_args.n_epochs_to_switch
         self.progress = DendriteProgressCallback(self.score_name, self.args.greater_is_better, patience)
         own = weakref.proxy(self)  # without a cycle of references, "del trainer" frees the model and the data loaders
         self.plot = PlotCallback(own)
@@ -213,18 +219,26 @@ class PerforatedTrainer(EvaluatingTrainer):
         else:
             if facts:
                 self._together(lambda: checkpoint.discard_after(self.run_dir, facts["step"], say), main_only=True)
-            output = self._train(start, *args, **kwargs)
+            try:
+                output = self._train(start, *args, **kwargs)
+            except PerforatedError:
+                if not facts and not self.state.global_step:
+                    run_dir.release(self.run_dir)
+                raise
         if self.stop_signal.number and self.decision is not Decision.COMPLETE:
             raise PerforatedError(self._how_to_resume(), 128 + self.stop_signal.number)
         at_end = 0 < self.state.max_steps <= self.state.global_step or over
         self.stopped_by = "tracker" if self.decision is Decision.COMPLETE else "max_steps" if at_end else "callback"
-        if warning := report.no_dendrite_came(self.dendrite_args, self.growth.evaluations, self.score_name):
+        if warning := report.no_dendrite_came(
+            self.dendrite_args, self.growth.evaluations, self.score_name, was_added=bool(self.restarts)
+        ):
             say(warning)
         return output
 
     def _train(self, start: Path | None, *args, **kwargs) -> TrainOutput:
         self.optimizer = self.lr_scheduler = None
         self.model_wrapped = self.model
+        self.training_id = self.model.training_id = secrets.token_hex(4)
         _compat.forget_preparation(self.model)
         self._began = time.monotonic()
         self._unwatched = set() if self.args.torch_compile else {"training", "evaluation"}
@@ -273,6 +287,9 @@ class PerforatedTrainer(EvaluatingTrainer):
         lines.append(sizes and f"examples: {sizes}")
         if self.dendrite_args.doing_pai and not self.dendrite_args.control_of:
             lines.append(self.plan_table)
+            if self.num_dendrites >= (most := self.dendrite_args.max_dendrites) > 0:
+                has = report.count(self.num_dendrites, "dendrite")
+                lines[0] = f"note: the model has {has}, and --max_dendrites is {most}: no more are added"
         for line in filter(None, lines):
             say(line if from_command_line(args) else in_python(line))
 

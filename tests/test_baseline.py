@@ -169,7 +169,7 @@ def test_baseline_of_a_run_without_a_finite_score_raises_one_line(folder, monkey
 def test_baseline_of_a_deleted_run_raises_one_line(folder):
     train()
     shutil.rmtree("run/final")
-    with pytest.raises(PerforatedError, match="not complete"):
+    with pytest.raises(PerforatedError, match=r"no results\.json or no model in final/.*trainer\.save_results\(\)"):
         make(dendrites=OF_RUN)
     shutil.rmtree("run")
     with pytest.raises(PerforatedError, match="there is no run"):

@@ -84,10 +84,11 @@ def test_bootstrap_of_other_predictions_than_one_row_per_example_is_none():
     [
         ("test_accuracy", (0.986, 0.976), [0.004, 0.016], 2,
          "Compared with a baseline trained for the same number of steps, the test error is 1.40% with dendrites and "
-         "2.40% without. With dendrites it is better, statistically significant (95% CI excludes 0; 1,000 test "),
+         "2.40% without. With dendrites it is better, statistically significant (95% CI -1.60 to -0.40 "),
         ("test_accuracy", (0.976, 0.986), [-0.016, -0.004], 1, "it is worse, statistically significant (95% CI"),
         ("test_accuracy", (0.986, 0.984), [-0.004, 0.008], 1,
-         "The difference is not statistically significant (95% CI includes 0; 1,000 test examples)."),
+         "significant (95% CI -0.80 to +0.40 percentage points, includes 0; 1,000 test examples)."),
+        ("test_loss", (0.5, 0.4), [-0.1, 0.3], 1, "(95% CI -0.1000 to +0.3000, includes 0; 1,000 test examples)."),
         ("test_accuracy", (0.984, 0.984), [-0.004, 0.004], 0, "The run kept no dendrite. Compared with"),
         ("test_accuracy", (93.0, 91.0), [1.0, 3.0], 1, "test accuracy is 93.0000 with dendrites and 91.0000 without."),
         ("validation_f1_macro", (0.5, 0.4), None, 1, "These are validation scores, by which both models were selected"),

@@ -209,6 +209,9 @@ def test_no_dendrite_came_gives_the_reason(settings, words):
     assert words in line and "2 evaluations" in line
     assert report.no_dendrite_came(DendriteArguments(doing_pai=False), log, "eval_score") is None
     assert report.no_dendrite_came(DendriteArguments(control_of="run"), log, "eval_score") is None
+    assert "ended before the first evaluation with one" in report.no_dendrite_came(
+        DendriteArguments(), log, "eval_score", was_added=True
+    )
     assert report.no_dendrite_came(DendriteArguments(), history([(0, [0.1]), (1, [0.2])]), "eval_score") is None
 
 

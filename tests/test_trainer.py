@@ -38,7 +38,7 @@ from transformers import (
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from perforated_trainer import DendriteArguments, PerforatedError, PerforatedTrainer, load_perforated_model, perforate
-from perforated_trainer.arguments import check_direction
+from perforated_trainer.arguments import check_direction, in_python
 
 
 @pytest.fixture(autouse=True)
@@ -345,6 +345,7 @@ def test_metric_that_the_evaluation_does_not_return_raises_with_the_returned_one
     with pytest.raises(PerforatedError) as caught:
         trainer.train()
     assert all(word in str(caught.value) for word in words), caught.value
+    assert Path("run").exists() == (metric == "loss"), "a run that ends before its first step leaves nothing"
     assert trainer.state.global_step == (2 if metric == "loss" else 0)  # of a loss, the first evaluation tells
 
 
@@ -731,6 +732,48 @@ def test_signal_in_the_last_step_can_be_resumed_in_the_same_process():
     with pytest.raises(PerforatedError, match="to resume"):
         trainer.train()
     assert trainer.train(resume_from_checkpoint=True).global_step == 4 and trainer.stopped_by == "max_steps"
+
+
+def test_results_of_a_model_that_another_trainer_has_trained_since_raise():
+    first, _ = scripted([0.1], max_steps=2)
+    first.train()
+    second, _ = scripted([0.1], first.model, output_dir="second", max_steps=2)
+    second.train()
+    with pytest.raises(PerforatedError, match="another trainer has trained this model since"):
+        first.save_results()
+    second.save_results()
+
+
+def test_card_of_a_plain_module_has_the_scores_of_its_results_and_loads_it():
+    class Plain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 2)
+
+        def forward(self, x, labels=None):
+            logits = self.layer(x)
+            return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+    data = [{"x": torch.randn(4), "labels": i % 2} for i in range(8)]
+    trainer = trainer_for(arguments(max_steps=2), model=Plain(), train_dataset=data, eval_dataset=data)
+    trainer.train()
+    loss = trainer.save_results()["final"]["validation_loss"]
+    card = Path("run/final/README.md").read_text()
+    assert "# run\n" in card and f"{loss:.4f}" in card
+    assert 'model = load_perforated_model(Plain(), "run/final")' in card
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ("set --num_initial_dendrites 1 or --modules_to_train", "set num_initial_dendrites=1 or modules_to_train"),
+        ("--history_lookback 0: it must", "history_lookback=0: it must"),
+        ("a -- b --x", "a -- b --x"),
+        ("--rank 8a and --lr 0.25,", "rank 8a and lr=0.25,"),
+    ],
+)
+def test_hint_in_python_has_no_flags(message, expected):
+    assert in_python(message) == expected
 
 
 # ----------------------------------------------------------------------------------------------------------- streams
