@@ -10,7 +10,7 @@
 
     CUDA_VISIBLE_DEVICES=0 python mnist_huggingface_perforatedai.py
 
-A template: for another model, edit the parts marked REPLACE and keep the part marked DENDRITES.
+A template: for another model, edit the parts and lines marked REPLACE and keep the part marked DENDRITES.
 """
 
 import os
@@ -255,21 +255,21 @@ def run(argv=None) -> int:
         torch.set_num_threads(1)  # MNIST only: for a network this small more threads are slower
     set_seed(training_args.seed)
     data_name, train, validation, test = load_data(data_args)
+    # REPLACE, with from_pretrained for example: the model, and its processor, which is saved with it for pipelines.
     model = MnistCnnForImageClassification(MnistCnnConfig(num_labels=int(train.dataset.labels.max()) + 1))
-    # Turns any image into pixel_values. Saved with the model, for pipeline("image-classification", ...).
     gray = {"image_mean": [MEAN] * 3, "image_std": [STD] * 3, "size": {"height": 28, "width": 28}}
     image_processor = ViTImageProcessor(do_convert_rgb=True, **gray)
 
     # ------------------------------------------------------------------------------------------------------- DENDRITES
     # Convert: choose the layers, delete a second `base_model`, let save_pretrained write tied (shared) tensors once.
     model = perforate(model, dendrite_args, training_args)
-    trainer = AugmentingTrainer(
+    trainer = AugmentingTrainer(  # REPLACE by PerforatedTrainer if nothing is augmented
         model=model,
         args=training_args,
         train_dataset=train,
         eval_dataset=validation,
         test_dataset=test,
-        data_collator=lambda batch: batch,
+        data_collator=lambda batch: batch,  # MNIST only: the dataset returns whole batches
         compute_metrics=compute_metrics,
         processing_class=image_processor,
     )

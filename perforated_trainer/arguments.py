@@ -49,8 +49,8 @@ class DendriteArguments:
             memory. Not a real run.
         switch_mode (`str`, defaults to `"history"`): What ends a cycle: `"history"`, a plateau of the monitored metric;
             `"fixed"`, the end of one training of `num_train_epochs` or `max_steps` with its schedule.
-        max_dendrites (`int`, defaults to 5): Maximum number of dendrites per layer, those that the model already has
-            included.
+        max_dendrites (`int`, defaults to 5): Maximum number of dendrites per layer, including those that the model
+            already has.
         n_epochs_to_switch (`int`, defaults to 10): Evaluations without improvement before a dendrite is added.
         history_lookback (`int`, defaults to 1): The monitored metric is averaged over this many evaluations.
         improvement_threshold (`float` or `list[float]`, defaults to `[0.0001]`): Minimum relative improvement; several
@@ -95,7 +95,7 @@ class DendriteArguments:
         "num_train_epochs or max_steps with its whole schedule, for fine-tuning.",
     )
     max_dendrites: int = HfArg(
-        default=5, help="Maximum number of dendrites per layer, those that the model already has included."
+        default=5, help="Maximum number of dendrites per layer, including those that the model already has."
     )
     n_epochs_to_switch: int = HfArg(default=10, help="Evaluations without improvement before a dendrite is added.")
     history_lookback: int = HfArg(default=1, help="The monitored metric is averaged over this many evaluations.")
@@ -129,12 +129,12 @@ class DendriteArguments:
     )
     module_names_to_perforate: list[str] = HfArg(
         default_factory=lambda: list(LAYER_TYPES),
-        help="Types of layers that get dendrites, unless tied, frozen or an output embedding; none: no type.",
+        help="Types of layers that get dendrites, unless tied, frozen or an output embedding.",
     )
     module_ids_to_perforate: list[str] = HfArg(
         default_factory=list,
         help="Additional modules that get dendrites, even if tied or frozen: a full name, a suffix (query), or a "
-        "regular expression matched against the full name, which means the layers of the usual types that it matches.",
+        "regular expression matched against the full name; of what it matches, the layers of the usual types.",
     )
     perforate_last_blocks: int | None = HfArg(
         default=None, help="Add dendrites in the last N blocks only, and to module_ids_to_perforate."

@@ -117,10 +117,10 @@ def plan_dendrites(model: nn.Module, dendrite_args: DendriteArguments, training_
     for name, layer in layers.layers_with_dendrites(model).items():
         if layer.dendrite_activation != args.dendrite_activation:
             raise PerforatedError(
-                f"{name} has dendrites with --dendrite_activation {layer.dendrite_activation}: set it"
+                f"{name} has dendrites with another activation: set --dendrite_activation {layer.dendrite_activation}"
             )
         if (rank := getattr(layer, "dendrite_rank", None)) != args.dendrite_rank:
-            needed = f"--dendrite_rank {rank}: set it" if rank else "full rank: leave out --dendrite_rank"
+            needed = f"rank {rank}: set --dendrite_rank {rank}" if rank else "full rank: leave out --dendrite_rank"
             raise PerforatedError(f"{name} has dendrites of {needed}")
     _check_quantized(model, args)
     plan = _choose(model, args)
@@ -394,7 +394,7 @@ def table(model: nn.Module, args: DendriteArguments, plan: Plan) -> str:
         shown = list(dict.fromkeys(parameter_count.collapse(modules, every).values()))
         number = sum(model.get_parameter(name).numel() for name in plan.trained)
         more = f"{', '.join(shown[:8])} ({number:,} parameters)" if shown else "nothing else"
-        lines.append(f"Trained next to the dendrites, the base is frozen: {more}")
+        lines.append(f"The base is frozen. Trained in addition to the dendrites: {more}")
     return "\n".join(lines)
 
 

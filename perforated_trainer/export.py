@@ -98,7 +98,7 @@ class ExportingTrainer(Trainer):
         if dendrites_only and self.args.should_save:
             base = sharing.base_of(self.model)
             if Path(base["name"]).is_dir():
-                say(f"note: the base is known by a path of this machine, {base['name']}, which is stored as its name")
+                say(f"note: the base was loaded from the local path {base['name']}, which is saved as its name")
             self._write_dendrites_card(Path(output_dir or self.args.output_dir))
 
     _dendrites_only, training_id = False, None

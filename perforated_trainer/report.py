@@ -234,7 +234,8 @@ def no_dendrite_can_come(
     if not fixed and evaluations is not None and evaluations < needed:
         lines.append(
             f"warning: no dendrite can be trained: this run has {count(evaluations, 'evaluation')}, and "
-            f"n_epochs_to_switch={patience} needs {needed}. Train longer, evaluate more often (eval_steps) or lower it"
+            f"n_epochs_to_switch={patience} needs {needed}. Train longer, evaluate more often (eval_steps) or lower "
+            "n_epochs_to_switch"
         )
     stops = [c.early_stopping_patience for c in callbacks if isinstance(c, EarlyStoppingCallback)]
     if stops and not fixed and min(stops) <= patience:
