@@ -576,7 +576,7 @@ def test_results_of_other_runs_raise(run, tmp_path):
     assert "no run in this folder" in error_of(run_dir.results_of, tmp_path)
     weights = run / "final" / "model.safetensors"
     weights.rename(tmp_path / "moved")
-    assert "this run is not complete" in error_of(run_dir.results_of, run)
+    assert "this run has no results.json or no model in final/" in error_of(run_dir.results_of, run)
     (tmp_path / "moved").rename(weights)
     change(run / "results.json", settings={"control_of": "other", "doing_pai": False})
     assert "is itself a control, of other" in error_of(run_dir.results_of, run)
