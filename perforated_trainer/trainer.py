@@ -369,6 +369,8 @@ class PerforatedTrainer(EvaluatingTrainer):
 
     def training_step(self, model, *args, **kwargs):
         """As in `Trainer`, with the wrapper of the network as it is now."""
+        if model is self.model_wrapped and "training" not in self._unwatched:
+            return super().training_step(model, *args, **kwargs)
         with contextlib.ExitStack() as stack:
             if "training" in self._unwatched:
                 stack.enter_context(self._watch("training"))
