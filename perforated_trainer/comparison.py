@@ -73,11 +73,11 @@ def compare(
     }
     better = (compared["difference"] > 0) == bool(trainer.args.greater_is_better)
     no_test = f"the test data has no {name}" if trainer.test_dataset is not None else "there was no test data"
-    verdict = sentence(compared, better, results["final"]["dendrites"], reason, no_test)
+    words = sentence(compared, better, results["final"]["dendrites"], reason, no_test)
     initial = trainer.growth.initial_weights
     if trainer.growth.same_network and results.get("initial_weights", initial) != initial:
-        verdict += " The baseline did not begin with the weights with which the run began."
-    return compared | {"verdict": verdict}
+        words += " The baseline did not begin with the weights with which the run began."
+    return compared | {"verdict": words}
 
 
 def sentence(

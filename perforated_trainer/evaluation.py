@@ -22,13 +22,14 @@ _WAYS = ("evaluate", "evaluation_loop", "predict", "get_eval_dataloader")
 
 @contextlib.contextmanager
 def same_random_numbers() -> Iterator[None]:
-    """Random numbers after a `with` block are those that they would be without it."""
-    states = random.getstate(), np.random.get_state(), torch.random.get_rng_state()  # noqa: NPY002
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_available() else []):
-        yield
-    random.setstate(states[0])
-    np.random.set_state(states[1])  # noqa: NPY002
-    torch.random.set_rng_state(states[2])
+    """Random numbers after a `with` block are those that they would be without it, also if it ends with an error."""
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002
+    try:
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_available() else []):
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
 
 
 def _texts_in(function) -> set[str]:
@@ -53,10 +54,10 @@ class EvaluatingTrainer(ExportingTrainer):
         metrics = self._last_metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix, **kwargs)
         if self.is_in_train and eval_dataset is None:
             self._ignored_keys = ignore_keys
-        if self.is_in_train and eval_dataset is None and self.test_dataset is not None:
-            with same_random_numbers():
-                self.test_metrics = self._predicted(self.test_dataset, "test", **kwargs)
-            self.log(dict(self.test_metrics))
+            if self.test_dataset is not None:
+                with same_random_numbers():
+                    self.test_metrics = self._predicted(self.test_dataset, "test", **kwargs)
+                self.log(dict(self.test_metrics))
         return metrics
 
     _ignored_keys = None  # of the outputs of the model, as `train` received them
@@ -165,10 +166,10 @@ class EvaluatingTrainer(ExportingTrainer):
 
     def _metrics_of(self, parts: dict) -> dict:
         """The metrics of data sets by name, without a trace."""
-        metrics, only_loss = {}, True if self.compute_metrics is None else None
+        metrics = {}
         with self.unrecorded(), same_random_numbers():
             for name, data in parts.items():
                 prefix = f"eval_{name}" if name else "eval"
                 loader = Trainer.get_eval_dataloader(self, data)
-                metrics |= self.evaluation_loop(loader, "Evaluation", only_loss, metric_key_prefix=prefix).metrics
+                metrics |= self.evaluation_loop(loader, "Evaluation", metric_key_prefix=prefix).metrics
         return metrics

@@ -616,7 +616,7 @@ def remove_dendrites(module: nn.Module) -> nn.Module:
 
 
 def compute_in_full(model: nn.Module) -> None:
-    """Switch off PyTorch's fast path in encoder layers that hold dendrites, and on again where none remain.
+    """Switch off PyTorch's fast path in encoder layers that hold dendrites, and on again if none remain.
 
     It reads weights and calls no layer. `nn.TransformerEncoderLayer` takes it in evaluation only, so training would not
     show that dendrites are left out.

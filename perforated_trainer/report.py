@@ -211,23 +211,29 @@ def _num_evaluations(args: TrainingArguments, train_dataset) -> int | None:
 
 
 def no_dendrite_can_come(
-    dendrite_args: DendriteArguments, args: TrainingArguments, train_dataset, callbacks: Iterable = ()
+    dendrite_args: DendriteArguments,
+    args: TrainingArguments,
+    train_dataset,
+    callbacks: Iterable = (),
+    num_dendrites: int = 0,
 ) -> str | None:
-    """A warning if settings end a run before a dendrite can be trained.
+    """A warning if settings end a run before a dendrite can be trained, a note if the model has as many as it can have.
 
     Args:
         dendrite_args (`DendriteArguments`): The settings of the dendrites.
         args (`TrainingArguments`): The settings of the training.
         train_dataset (`Dataset`): With its size, the number of evaluations is known. It need not have one.
         callbacks (`Iterable[TrainerCallback]`): The callbacks of the trainer, for `EarlyStoppingCallback`.
+        num_dendrites (`int`): Number of dendrites that the model begins with.
 
     Returns:
         `str`: One line for each reason, or None.
     """
     if not dendrite_args.doing_pai or dendrite_args.control_of or dendrite_args.testing_dendrite_capacity:
         return None
-    if dendrite_args.max_dendrites <= dendrite_args.num_initial_dendrites:
-        return None
+    if num_dendrites >= (most := dendrite_args.max_dendrites):
+        has = count(num_dendrites, "dendrite")
+        return f"note: the model has {has}, and --max_dendrites is {most}: no more are added" if most else None
     fixed, patience, lines = dendrite_args.switch_mode == "fixed", dendrite_args.n_epochs_to_switch, []
     evaluations = _num_evaluations(args, train_dataset)
     needed = patience + 2  # the first one is the reference, and the last one is that of the trained dendrite

@@ -100,7 +100,7 @@ def _refuse_links(folder: Path) -> None:
 
 def release(folder: Path) -> None:
     """Give back the folder of a run that has ended before its first step, if nothing else is in it."""
-    if PartialState().is_main_process and [path.name for path in folder.iterdir()] == [RUN]:
+    if PartialState().is_main_process and folder.is_dir() and [path.name for path in folder.iterdir()] == [RUN]:
         (folder / RUN).unlink()
         folder.rmdir()
 

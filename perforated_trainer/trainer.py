@@ -281,15 +281,13 @@ class PerforatedTrainer(EvaluatingTrainer):
     def _print_start(self) -> None:
         """Print what is known before the training: layers, direction of the metric, settings that cannot work."""
         args = self.args
-        lines = [report.no_dendrite_can_come(self.dendrite_args, args, self.train_dataset, self._callbacks())]
+        known = self.train_dataset, self._callbacks(), self.num_dendrites
+        lines = [report.no_dendrite_can_come(self.dendrite_args, args, *known)]
         lines += [schedule.explanation(self.dendrite_args, args), check_direction(args), report.direction(args)]
         sizes = ", ".join(f"{size:,} {part}" for part, size in self.dataset_sizes.items())
         lines.append(sizes and f"examples: {sizes}")
         if self.dendrite_args.doing_pai and not self.dendrite_args.control_of:
             lines.append(self.plan_table)
-            if self.num_dendrites >= (most := self.dendrite_args.max_dendrites) > 0:
-                has = report.count(self.num_dendrites, "dendrite")
-                lines[0] = f"note: the model has {has}, and --max_dendrites is {most}: no more are added"
         for line in filter(None, lines):
             say(line if from_command_line(args) else in_python(line))
 
