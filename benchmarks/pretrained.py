@@ -82,28 +82,28 @@ class Row:
     as_long_as: str | None = None
 
 
-LOW, MIDDLE, HIGH, HIGHEST = ([rate * 2**i for i in range(4)] for rate in (1e-4, 1.25e-3, 2.5e-3, 5e-3))
+LOW, MIDDLE, HIGH = ([rate * 2**i for i in range(4)] for rate in (1e-4, 1.25e-3, 5e-3))
 _LORA = [{"dropout": 0.1}, {"alpha": 1}]  # alpha as a multiple of the rank; default 2
-_DENDRITE = [{"init_scale": 0.3}, {"dropout": 0.1}]  # default 0.1
+_DENDRITE = [{"dropout": 0.1}, {"init_scale": 2}]  # as alpha of LoRA; default 1
 _FULL = [{"dropout": 0.1}, {"weight_decay": 0.1}]
 HEAD, LORA, DORA, FULL, FULL_RANK = "head alone", "LoRA", "DoRA", "full fine-tuning", "full-rank dendrites added"
 SIGMOID, TANH, GELU, IDENTITY = (f"one dendrite, {name}" for name in ("sigmoid", "tanh", "GELU", "identity"))
 GROWING, AS_LONG, FULL_AS_LONG = "growing, tanh", f"{TANH}, trained as long", f"{FULL}, trained as long"
 ROWS = {
-    HEAD: Row("head", HIGHEST, _FULL),
+    HEAD: Row("head", HIGH, _FULL),
     LORA: Row("lora", MIDDLE, _LORA),
     DORA: Row("dora", MIDDLE, _LORA),
-    SIGMOID: Row("dendrite", HIGH, _DENDRITE, "sigmoid"),
-    TANH: Row("dendrite", HIGH, _DENDRITE, "tanh"),
-    GELU: Row("dendrite", HIGH, _DENDRITE, "gelu"),
-    IDENTITY: Row("dendrite", HIGH, _DENDRITE, "identity"),
+    SIGMOID: Row("dendrite", HIGH, [{"dropout": 0.1}, {"init_scale": 0.3}], "sigmoid"),  # starts in another way
+    TANH: Row("dendrite", MIDDLE, _DENDRITE, "tanh"),
+    GELU: Row("dendrite", MIDDLE, _DENDRITE, "gelu"),
+    IDENTITY: Row("dendrite", MIDDLE, _DENDRITE, "identity"),
     GROWING: Row("dendrite", activation="tanh", max_dendrites=MAX_DENDRITES, settings_of=TANH),
     AS_LONG: Row("dendrite", activation="tanh", settings_of=TANH, as_long_as=GROWING),
     FULL: Row("full", LOW, _FULL),
     FULL_RANK: Row("full-rank dendrite", settings_of=FULL),
     FULL_AS_LONG: Row("full", settings_of=FULL, as_long_as=FULL_RANK),
 }
-FIRST = {"dropout": 0.0, "weight_decay": 0.0, "alpha": 2, "init_scale": 0.1}
+FIRST = {"dropout": 0.0, "weight_decay": 0.0, "alpha": 2, "init_scale": None}
 
 
 def next_trial(row: Row, done: list[tuple[dict, float]]) -> dict | None:

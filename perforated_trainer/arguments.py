@@ -57,11 +57,13 @@ class DendriteArguments:
             values: one per number of dendrites added, the last one for all others.
         improvement_threshold_raw (`float`, defaults to 1e-5): Minimum absolute improvement.
         max_dendrite_tries (`int`, defaults to 2): Attempts at a dendrite that does not help, before training ends.
-        dendrite_activation (`str`, defaults to `"sigmoid"`): Activation of the dendrites, a name in
-            `perforated_trainer.layers.ACTIVATIONS`.
+        dendrite_activation (`str`, *optional*): Activation of the dendrites, a name in
+            `perforated_trainer.layers.ACTIVATIONS`. `"sigmoid"` by default, `"tanh"` with a rank.
         dendrite_rank (`int`, *optional*): Rank of the dendrites' weights; full rank by default. For pretrained models.
-        dendrite_init_scale (`float`, *optional*): Standard deviation of the initial weights of a dendrite (with a rank:
-            of its second factor). 0.01 by default, 0.1 with a rank.
+        dendrite_init_scale (`float`, *optional*): Initial size of a dendrite. Full rank: standard deviation of its
+            weights, 0.01 by default. With a rank: its weight in the output, 1 by default, as alpha / r of LoRA; its
+            second factor begins with zeros. The activation must be 0 at 0 and have a slope there, as tanh has. With
+            others, such as sigmoid: standard deviation of its second factor, 0.1 by default.
         num_initial_dendrites (`int`, defaults to 0): Dendrites that the network begins with.
         freeze_base (`bool`, defaults to `False`): Train the dendrites, newly initialized layers and `modules_to_train`
             alone. Frozen layers get dendrites.
@@ -105,13 +107,16 @@ class DendriteArguments:
     )
     improvement_threshold_raw: float = HfArg(default=1e-5, help="Minimum absolute improvement.")
     max_dendrite_tries: int = HfArg(default=2, help="Attempts at a dendrite that does not help, before training ends.")
-    dendrite_activation: str = HfArg(default="sigmoid", help="Activation of the dendrites: sigmoid, tanh, relu, ...")
+    dendrite_activation: str | None = HfArg(
+        default=None, help="Activation of the dendrites: sigmoid, tanh, relu, ... Default: sigmoid, with a rank tanh."
+    )
     dendrite_rank: int | None = HfArg(
         default=None, help="Rank of the dendrites' weights, for pretrained models. Default: full rank."
     )
     dendrite_init_scale: float | None = HfArg(
         default=None,
-        help="Standard deviation of the initial weights of a dendrite. Default: 0.01, with --dendrite_rank 0.1.",
+        help="Initial size of a dendrite. Default: 0.01, the standard deviation of its weights; with --dendrite_rank "
+        "1, its weight in the output, or for sigmoid 0.1, the standard deviation of its second factor.",
     )
     num_initial_dendrites: int = HfArg(default=0, help="Dendrites that the network begins with.")
     freeze_base: bool = HfArg(
@@ -161,6 +166,8 @@ class DendriteArguments:
     overwrite_run: bool = HfArg(default=False, help="Replace the run that the folder already holds.")
 
     def __post_init__(self):
+        if self.dendrite_activation is None:
+            self.dendrite_activation = "sigmoid" if self.dendrite_rank is None else "tanh"
         for name in ("improvement_threshold", "modules_to_train", "module_names_to_perforate"):
             value = getattr(self, name)
             if isinstance(value, (int, float, str)):  # a single value is as good as a list of one
@@ -170,13 +177,6 @@ class DendriteArguments:
         for name in ("module_ids_to_perforate", "module_names_to_track", "module_ids_to_track"):
             value = getattr(self, name)
             setattr(self, name, [value] if isinstance(value, str) else list(value or []))
-
-    @property
-    def init_scale(self) -> float:
-        """Standard deviation of the initial weights of a dendrite."""
-        if self.dendrite_init_scale is not None:
-            return self.dendrite_init_scale
-        return 0.1 if self.dendrite_rank else 0.01
 
 
 # Argument: its type, its smallest value, and whether that value itself is allowed.
@@ -191,7 +191,7 @@ _LIMITS = {
     "perforate_last_blocks": (int, 1, True),
     "improvement_threshold_raw": (float, 0, True),
     "dendrite_learning_rate_factor": (float, 0, False),
-    "dendrite_init_scale": (float, 0, True),
+    "dendrite_init_scale": (float, 0, False),
 }
 
 

@@ -236,7 +236,7 @@ class Growth:
         frozen = {name for name in names if not self._parameters(name)}
         for name in names:
             layer = self._resize(name, self._number(name) + 1)
-            layers.set_dendrite(layer, layer.num_dendrites - 1, self.library.new_dendrite(layer))
+            layers.set_dendrite(layer, layer.num_dendrites - 1, **self.library.new_dendrite(layer))
             layer.train(training)
         layers.compute_in_full(self.model)
         self._best_is_here = False

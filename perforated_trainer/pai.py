@@ -92,6 +92,28 @@ class _Neuron(nn.Module):
         self.layer = nn.Linear(1, 1)
 
 
+def passes_zero(activation: str) -> bool:
+    """Whether an activation is 0 at 0 and has a slope there: then a dendrite whose second factor is zero trains."""
+    x = torch.zeros(1)
+    with torch.enable_grad():
+        value = layers.ACTIVATIONS[activation](x.requires_grad_())
+        return value.item() == 0 and torch.autograd.grad(value, x)[0].item() > 0.1
+
+
+def initial_scales(args: DendriteArguments) -> tuple[float, float]:
+    """The standard deviation of the weights that perforatedai makes for a dendrite, and its weight in the output.
+
+    A new dendrite leaves the output as it is, so one of the two is zero. With zeros in the second factor, a dendrite of
+    low rank learns as fast as LoRA at the same learning rates; with zeros in the output it needs ten times higher ones
+    (benchmarks/pretrained.py, docs/results/pretrained.md).
+    """
+    given = args.dendrite_init_scale
+    if args.dendrite_rank and passes_zero(args.dendrite_activation):
+        return 0.0, 1.0 if given is None else given
+    default = 0.1 if args.dendrite_rank else 0.01
+    return default if given is None else given, 0.0
+
+
 class PAITracker:
     """The tracker of perforatedai of one run, with its settings.
 
@@ -120,6 +142,7 @@ class PAITracker:
         ):
             getattr(pc, f"set_{name}")(False)
         threshold = args.improvement_threshold
+        scale, self._to_output = initial_scales(args)
         settings = {
             "device": torch.device("cpu"),
             "n_epochs_to_switch": args.n_epochs_to_switch,
@@ -133,7 +156,7 @@ class PAITracker:
             "module_names_to_not_save": [],
             "initial_history_after_switches": -1,
             "pai_forward_function": layers.ACTIVATIONS[args.dendrite_activation],
-            "candidate_weight_initialization_multiplier": args.init_scale,
+            "candidate_weight_initialization_multiplier": scale,
             "switch_mode": pc.DOING_NO_SWITCH,  # it adds a dendrite only with `force_switch`
             "max_dendrite_tries": _NEVER,
             "max_dendrites": _NEVER,
@@ -166,21 +189,22 @@ class PAITracker:
 
     # ----------------------------------------------------------------------------------------------------- dendrites
 
-    def new_dendrite(self, layer: nn.Module) -> dict[str, torch.Tensor]:
+    def new_dendrite(self, layer: nn.Module) -> dict:
         """Initial values of a new dendrite of a layer, drawn from torch's random numbers.
 
         Args:
             layer (`nn.Module`): A layer with dendrites or without; with `dendrite_rank` in the arguments, of the rank.
 
         Returns:
-            `dict`: What `layers.set_dendrite` takes as `weights`.
+            `dict`: What `layers.set_dendrite` takes as `weights` and `to_output`.
         """
         if rank := getattr(layer, "dendrite_rank", None):
             down = torch.empty(rank, *layer.dendrite_down.shape[1:])
             nn.init.kaiming_uniform_(down, a=math.sqrt(5))  # as the A of LoRA in peft
             up = self._made_by_library(nn.Linear(rank, layer.dendrite_up.shape[2], bias=False))["weight"]
-            return {"down": down, "up": up.t(), "bias": torch.zeros(up.shape[0])}
-        return self._made_by_library(stand_in(layer))
+            weights = {"down": down, "up": up.t(), "bias": torch.zeros(up.shape[0])}
+            return {"weights": weights, "to_output": torch.full((up.shape[0],), self._to_output)}
+        return {"weights": self._made_by_library(stand_in(layer))}
 
     def _made_by_library(self, stand_in: nn.Module) -> dict[str, torch.Tensor]:
         with self._installed():

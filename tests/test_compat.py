@@ -1,5 +1,6 @@
 """Private names of other libraries that the package uses exist and behave as it assumes."""
 
+import copy
 import inspect
 import pdb
 import sys
@@ -202,7 +203,7 @@ def test_graphs_are_drawn_after_any_decision(decisions):
 @pytest.mark.parametrize("scale", [0.01, 1.0])
 def test_new_dendrite_has_the_shapes_of_its_layer_and_the_scale_of_the_settings(layer, scale):
     torch.manual_seed(0)
-    new = tracker(dendrite_init_scale=scale).new_dendrite(layer)
+    new = tracker(dendrite_init_scale=scale).new_dendrite(layer)["weights"]
     assert {name: value.shape for name, value in new.items()} == {n: p.shape for n, p in layer.named_parameters()}
     values = torch.cat([value.flatten() for value in new.values()])
     assert 0.3 * scale < values.std() < 3 * scale
@@ -211,8 +212,28 @@ def test_new_dendrite_has_the_shapes_of_its_layer_and_the_scale_of_the_settings(
 def test_low_rank_dendrite_has_the_shapes_of_its_factors():
     layer = layers.add_dendrites(nn.Linear(8, 6), 1, rank=2)
     new = tracker(dendrite_rank=2).new_dendrite(layer)
-    layers.set_dendrite(layer, 0, new)
-    assert new["down"].shape == (2, 8)
+    layers.set_dendrite(layer, 0, **new)
+    assert new["weights"]["down"].shape == (2, 8)
+
+
+STARTS = {"tanh": (0, 1), "gelu": (0, 1), "identity": (0, 1), "sigmoid": (0.1, 0), "relu": (0.1, 0)}
+
+
+@pytest.mark.parametrize("scale", [None, 0.5])
+@pytest.mark.parametrize("activation, expected", STARTS.items())
+def test_low_rank_dendrite_starts_with_zeros_where_it_still_trains(activation, expected, scale):
+    """Either its second factor or its weight in the output is zero, so that the output does not change."""
+    torch.manual_seed(0)
+    layer = layers.add_dendrites(nn.Linear(64, 48), 1, activation=activation, rank=8)
+    one = tracker(dendrite_rank=8, dendrite_activation=activation, dendrite_init_scale=scale)
+    layers.set_dendrite(layer, 0, **one.new_dendrite(layer))
+    up, to_output = (scale if scale and value else value for value in expected)
+    assert layer.dendrite_up.std().item() == pytest.approx(up, rel=0.2)
+    assert torch.equal(layer.dendrite_to_output, torch.full((1, 48), float(to_output)))
+    x = torch.randn(4, 64)
+    assert torch.equal(layer(x), layers.remove_dendrites(copy.deepcopy(layer))(x))
+    layer(x).square().sum().backward()
+    assert any(getattr(layer, f"dendrite_{name}").grad.any() for name in ("up", "to_output"))
 
 
 def test_debugger_call_of_perforatedai_raises_with_its_message(monkeypatch):
