@@ -44,7 +44,7 @@ _VARIANT_INDEX = "model.safetensors.index.dendrites.json"  # what save_pretraine
 MODULE = "dendrites.json"  # of a module that is not a PreTrainedModel: its `DendriteConfig`
 CODE = "dendrite_loading"  # name of the copy of this file in the folder of a model
 # What is copied, and its name there.
-CODE_FILES = {"layers.py": "dendrite_layers.py", "sharing.py": "dendrite_sharing.py", "loading.py": f"{CODE}.py"}
+CODE_FILES = {f"{name}.py": f"dendrite_{name}.py" for name in ("formula", "layers", "sharing", "loading")}
 
 
 class DendriteConfig(QuantizationConfigMixin):

@@ -13,7 +13,15 @@ from torch import nn
 from transformers import DistilBertForSequenceClassification, DistilBertModel, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
-from perforated_trainer import DendriteArguments, PerforatedError, PerforatedTrainer, layers, parameter_count, perforate
+from perforated_trainer import (
+    DendriteArguments,
+    PerforatedError,
+    PerforatedTrainer,
+    formula,
+    layers,
+    parameter_count,
+    perforate,
+)
 
 NAME = "DistilBertForSequenceClassification"
 LAYERS = {
@@ -60,10 +68,10 @@ def test_output_low_rank_equals_formula_with_full_matrices(name, number):
     torch.testing.assert_close(layer(x.double()), by_formula(layer, x.double()))
 
 
-@pytest.mark.parametrize("activation", ["sigmoid", "gelu", "identity"])
+@pytest.mark.parametrize("activation", ["sigmoid", "tanh", "gelu", "identity"])
 @pytest.mark.parametrize("block", [1, 2**17])
 def test_gradients_computed_again_equal_those_of_autograd(activation, block, monkeypatch):
-    monkeypatch.setattr(layers, "_BLOCK", block)  # one row, or all
+    monkeypatch.setattr(formula, "_BLOCK", block)  # one row, or all
     layer, x = grown("linear", 3, activation=activation)
     layer.double()
     x = x.double().requires_grad_()
@@ -71,6 +79,15 @@ def test_gradients_computed_again_equal_those_of_autograd(activation, block, mon
     monkeypatch.setattr(torch.jit, "is_tracing", lambda: True)  # the same formula, with all tensors saved by autograd
     expected = torch.autograd.grad(layer(x).square().sum(), [x, *layer.parameters()])
     torch.testing.assert_close(found, expected)
+
+
+def test_tanh_of_single_precision_equals_that_of_torch():
+    """On a CPU it is computed by the sigmoid."""
+    layer, x = grown("linear", 1)
+    double = copy.deepcopy(layer).double()
+    for scale in (1e-4, 1.0, 100.0):
+        torch.testing.assert_close(layer(scale * x).double(), double(scale * x.double()), atol=3e-6, rtol=3e-6)
+    assert layer(torch.full_like(x, torch.nan)).isnan().all()
 
 
 def test_second_derivative_exists():

@@ -1,0 +1,173 @@
+"""The formula of dendrites as functions of tensors: activations, sums, and products of low rank.
+
+A layer y = W x + b gets n dendrites d_i = s(W_i x + b_i + sum over j < i of c_ij d_j), and its output becomes
+y + sum over i of a_i d_i. The activation s is the sigmoid by default; a and c hold one value per neuron. With a rank r,
+W_i is the product of two thin matrices, B_i A_i, which is never computed.
+Source: perforatedai's open source `clean_perforatedai.py`; arXiv:2501.18018 describes the idea.
+
+A copy of this file is saved next to models as custom code, so it imports nothing of the package.
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+def _identity(x):
+    return x
+
+
+ACTIVATIONS = {
+    "sigmoid": torch.sigmoid,
+    "relu": torch.relu,
+    "tanh": torch.tanh,
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "leaky_relu": F.leaky_relu,
+    "elu": F.elu,
+    "selu": F.selu,
+    "softplus": F.softplus,
+    "softsign": F.softsign,
+    "mish": F.mish,
+    "relu6": F.relu6,
+    "hardsigmoid": F.hardsigmoid,
+    "hardswish": F.hardswish,
+    "hardtanh": F.hardtanh,
+    "logsigmoid": F.logsigmoid,
+    "identity": _identity,
+}
+
+
+def combine(output, sums, to_dendrite, to_output, activation, dim):
+    """The formula, from the output of the layer and the sums W_i x + b_i of its dendrites."""
+    ones = (1,) * (-1 - dim)
+
+    def values(rows):  # one tensor per row, in the dtype of the output, which autocast may have chosen
+        return rows.to(output.dtype).view(*rows.shape, *ones).unbind()
+
+    dendrites, between = [], to_dendrite.split(tuple(range(len(sums))))  # row i: the c_ij, j < i
+    for i, (total, factor) in enumerate(zip(sums, values(to_output))):  # noqa: B905 - torch.compile; equal lengths
+        if i:
+            for weight, dendrite in zip(values(between[i]), dendrites):  # noqa: B905
+                total = torch.addcmul(total, weight, dendrite)
+        dendrites.append(activation(total))
+        output = torch.addcmul(output, factor, dendrites[-1])
+    return output
+
+
+def split_equally(stacked, number, axis):
+    """As `chunk`, whose operator in ONNX keeps weights from being constants, and so from int8."""
+    size = stacked.shape[axis] // number
+    return [stacked.narrow(axis, i * size, size) for i in range(number)] if number > 1 else [stacked]
+
+
+def second_factors(hidden, up, bias, dtype, dim):
+    """The sums of dendrites of low rank from the products with all first factors."""
+    ones = (1,) * (-1 - dim)
+    convolve = (F.conv1d, F.conv2d, F.conv3d)[len(ones) - 1]
+    parts = zip(split_equally(hidden, len(up), dim), up.transpose(1, 2).unbind(), bias.unbind())  # noqa: B905
+    return [convolve(part, up.reshape(*up.shape, *ones), bias).to(dtype) for part, up, bias in parts]
+
+
+def add_low_rank(output, hidden, up, bias, between, to_output, activation):
+    """The formula for rows of neurons, `hidden` transposed."""
+    parts = zip(split_equally(hidden, len(up), 0), up.unbind(), bias.unbind())  # noqa: B905 - torch.compile; equal lengths
+    sums = [torch.addmm(bias, part.t(), up).to(output.dtype) for part, up, bias in parts]
+    return combine(output, sums, between, to_output, activation, -1)
+
+
+_BLOCK = 2**18  # numbers of all dendrites: what a CPU's cache holds several times
+# The gradient of an activation from its value, into a tensor that is there.
+_GRADIENTS = {
+    torch.sigmoid: torch.ops.aten.sigmoid_backward.grad_input,
+    torch.tanh: torch.ops.aten.tanh_backward.grad_input,
+    _identity: lambda gradient, value, grad_input: None,  # it is there
+}
+
+
+class Recomputed(torch.autograd.Function):
+    """`add_low_rank`, which keeps nothing of the layer's size for the backward pass: that computes it again.
+
+    On a CPU both work in blocks that its cache holds. Otherwise as much as the layer's output is kept of each dendrite.
+    """
+
+    @staticmethod
+    def forward(ctx, activation, output, hidden, *own):
+        ctx.activation = activation
+        ctx.save_for_backward(hidden, *own)
+        rows, factors = output.reshape(-1, output.shape[-1]), own[-1].unbind()
+        result = output.new_empty(output.shape)  # no view is returned: code of models may change it in place
+        targets = result.view(rows.shape)
+        with torch.autocast(output.device.type, enabled=False):
+            for block, _, values, _ in _blocks(hidden, *own[:3], rows.shape, activation):
+                before, target = rows[block], targets[block]
+                for factor, value in zip(factors, values.unbind()):  # noqa: B905 - torch.compile; equal lengths
+                    before = torch.addcmul(before, factor, value, out=target)
+        return result
+
+    @staticmethod
+    def backward(ctx, gradient):
+        hidden, up, bias, between, to_output = ctx.saved_tensors
+        rows = gradient.reshape(-1, gradient.shape[-1])
+        if torch.is_grad_enabled():  # a gradient of gradients is asked for
+            inputs = ctx.saved_tensors
+            added = add_low_rank(torch.zeros_like(rows), *inputs, ctx.activation)
+            found = torch.autograd.grad(added, inputs, rows, create_graph=True, allow_unused=True)
+            return None, gradient, *found
+        exact = torch.promote_types(rows.dtype, torch.float32)  # for sums over blocks
+        sums = [torch.zeros(value.shape, dtype=exact, device=rows.device) for value in (up, bias, between, to_output)]
+        of_up, of_bias, of_between, of_output = sums
+        of_hidden, pairs, factors = [], between.unbind(), to_output.unsqueeze(1)
+        slope = _GRADIENTS.get(ctx.activation)
+        with torch.autocast(rows.device.type, enabled=False):
+            for block, part, values, graphs in _blocks(hidden, up, bias, between, rows.shape, ctx.activation, slope):
+                above, each = rows[block], values.unbind()
+                of_output += (values * above).sum(1, dtype=exact)
+                of_sums = above * factors  # first of the values, then of the sums that go into the activation
+                for i in reversed(range(len(up))):
+                    of_sum, first = of_sums[i], i * (i - 1) // 2
+                    if slope:
+                        slope(of_sum, each[i], grad_input=of_sum)
+                    else:
+                        of_sum.copy_(torch.autograd.grad(*graphs[i], of_sum)[0])
+                    if i:
+                        of_between[first : first + i] += (values[:i] * of_sum).sum(1, dtype=exact)
+                    for j in range(i):
+                        of_sums[j].addcmul_(pairs[first + j], of_sum)
+                of_up += torch.bmm(part, of_sums)
+                of_bias += of_sums.sum(1, dtype=exact)
+                of_hidden.append(torch.bmm(up, of_sums.transpose(1, 2)))
+        of_hidden = torch.cat(of_hidden, 2).view(hidden.shape)
+        return None, gradient, of_hidden, *(value.to(rows.dtype) for value in sums)
+
+
+def _blocks(hidden, up, bias, between, shape, activation, slope=True):
+    """For each block of rows: which ones, their hidden values, the values of the dendrites, stacked, and, unless there
+    is a `slope`, for each dendrite its value and sum as autograd has them."""
+    (rows, neurons), number, pairs = shape, len(up), between.unbind()
+    step = max(1, _BLOCK // (neurons * number)) if hidden.device.type == "cpu" else max(1, rows)
+    hidden, bias = hidden.view(number, len(hidden) // number, rows), bias.unsqueeze(1)
+    for start in range(0, max(1, rows), step):  # also of no rows, as an expert has that no token is routed to
+        block, graphs = slice(start, start + step), []
+        part = hidden[:, :, block]
+        values = torch.baddbmm(bias, part.transpose(1, 2), up)
+        each = values.unbind()
+        for i, total in enumerate(each):
+            first = i * (i - 1) // 2
+            for j in range(i):
+                total.addcmul_(pairs[first + j], each[j])
+            if not slope:
+                with torch.enable_grad():
+                    total = total.clone().requires_grad_()
+                    graphs.append((activation(total), total))
+                total = graphs[-1][0].detach()
+            elif activation is torch.sigmoid:
+                total.sigmoid_()
+                continue
+            elif activation is torch.tanh and total.dtype is torch.float32 and total.device.type == "cpu":
+                # 2 sigmoid(2 x) - 1 takes a fifth of the time there; its error is 1e-7
+                total.mul_(2).sigmoid_().mul_(2).sub_(1)
+                continue
+            else:
+                total = activation(total)
+            each[i].copy_(total)
+        yield block, part, values, graphs
