@@ -9,6 +9,7 @@ from importlib import import_module
 
 from . import loading as loading  # its import makes transformers load models with dendrites
 from .loading import load_dendrites as load_dendrites
+from .modules import load_module
 
 __version__ = "0.2.0"
 
@@ -34,7 +35,7 @@ def load_perforated_model(model, folder):
     Returns:
         The model, in evaluation mode.
     """
-    return model.from_pretrained(folder) if isinstance(model, type) else loading.load_module(model, folder)
+    return model.from_pretrained(folder) if isinstance(model, type) else load_module(model, folder)
 
 
 def __getattr__(name: str):

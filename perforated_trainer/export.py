@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer
 from transformers.utils import logging
 
-from . import checkpoint, layers, loading, model_card, plot, report, run_dir, sharing
+from . import checkpoint, layers, loading, model_card, modules, plot, report, run_dir, sharing
 from .arguments import PerforatedError, from_command_line, plain_hints, run_name
 from .callbacks import say
 from .growth import STATE
@@ -64,9 +64,9 @@ class ExportingTrainer(Trainer):
             elif hasattr(self.model, "save_pretrained"):  # of another library
                 self.model.save_pretrained(str(folder))
                 if folder.name.startswith("checkpoint-"):
-                    loading.save_module(self.model, folder, "network")  # names as they are in the whole model
+                    modules.save_module(self.model, folder, "network")  # names as they are in the whole model
             else:
-                loading.save_module(self.model, folder)
+                modules.save_module(self.model, folder)
             processor = self.processing_class or getattr(self.data_collator, "tokenizer", None)
             if processor is not None and hasattr(processor, "save_pretrained"):
                 processor.save_pretrained(folder)

@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from . import convert, layers, loading, parameter_count, sharing
+from . import convert, layers, modules, parameter_count, sharing
 from .arguments import DendriteArguments, PerforatedError
 from .checkpoint import read_json, write_whole
 from .pai import PAITracker
@@ -356,7 +356,7 @@ class Growth:
             self._check_state(state)
             self._dimensions = {name: list(map(int, value)) for name, value in state["dimensions"].items()}
             self._set_numbers(state["dendrites"])
-            loading.load_weights(self.model, folder)
+            modules.load_weights(self.model, folder)
             self._load_best(folder, state)
             self.policy.load_state_dict(state["policy"])
             self.evaluations, self.initial_weights = state["evaluations"], str(state["initial_weights"])
@@ -402,7 +402,7 @@ class Growth:
             if {name: value.shape for name, value in self._best.items()} != expected:
                 raise ValueError(f"{BEST} holds other weights than this network has")
             self._set_numbers(now)
-            loading.load_weights(self.model, folder)
+            modules.load_weights(self.model, folder)
 
 
 def _shown(names: list[str]) -> str:

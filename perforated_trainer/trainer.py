@@ -19,7 +19,7 @@ import weakref
 from pathlib import Path
 
 import torch
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list
 from transformers import EarlyStoppingCallback, PreTrainedModel, PrinterCallback, Seq2SeqTrainer, TrainerState
 from transformers import ProgressCallback as StockProgressCallback
 from transformers import trainer as stock_trainer
@@ -30,7 +30,6 @@ from .arguments import (
     DendriteArguments,
     PerforatedError,
     check_direction,
-    compared_settings,
     from_command_line,
     in_python,
     is_resumed,
@@ -46,14 +45,14 @@ from .callbacks import (
     StopSignalCallback,
     say,
 )
-from .evaluation import EvaluatingTrainer
 from .export import disk_errors
 from .growth import Growth
 from .pai import refuse_other_variant
 from .policy import Decision
+from .resuming import ResumingTrainer
 
 
-class PerforatedTrainer(EvaluatingTrainer):
+class PerforatedTrainer(ResumingTrainer):
     """A Trainer that adds dendrites until they no longer improve the monitored metric.
 
     Args:
@@ -158,12 +157,6 @@ class PerforatedTrainer(EvaluatingTrainer):
         """Number of distinct parameters of the model."""
         return self.growth.num_parameters
 
-    @property
-    def dataset_sizes(self) -> dict[str, int]:
-        """Number of examples of "train", "validation" and "test", of those whose length is known."""
-        data = {"train": self.train_dataset, "validation": self.eval_dataset, "test": self.test_dataset}
-        return {part: size for part, dataset in data.items() if (size := _length(dataset)) is not None}
-
     # ------------------------------------------------------------------------------------------------------ training
 
     @plain_hints
@@ -255,29 +248,6 @@ class PerforatedTrainer(EvaluatingTrainer):
             for hook in hooks:
                 hook.remove()
 
-    def _find_checkpoint(self, resume_from_checkpoint) -> Path | None:
-        """The checkpoint to resume from, found by the first process for all."""
-        found, error = None, None
-        if self.is_world_process_zero():
-            try:
-                found = checkpoint.find(resume_from_checkpoint, self.run_dir, say)
-                if found and found.resolve().parent != self.run_dir.resolve():
-                    self._check_other_folder(found)
-            except PerforatedError as caught:
-                error = str(caught)
-        found, error = broadcast_object_list([found, error])
-        if error:
-            raise PerforatedError(error)
-        return found
-
-    def _check_other_folder(self, found: Path) -> None:
-        """Refuse a checkpoint of another run if this folder holds a run, which it would replace."""
-        if self.run_dir.is_dir() and any(self.run_dir.iterdir()):
-            raise PerforatedError(
-                f"{found} is a checkpoint of another run than that in {self.run_dir}: resume it in its own folder, "
-                f"{found.parent}, or in an empty one"
-            )
-
     def _print_start(self) -> None:
         """Print what is known before the training: layers, direction of the metric, settings that cannot work."""
         args = self.args
@@ -293,12 +263,6 @@ class PerforatedTrainer(EvaluatingTrainer):
 
     def _callbacks(self) -> list:
         return self.callback_handler.callbacks
-
-    def _how_to_resume(self) -> str:
-        stopped = f"stopped at step {self.state.global_step:,} with a checkpoint; to resume: "
-        if from_command_line(self.args):
-            return f"{stopped}{run_dir.redact(['python', *sys.argv, '--resume_from_checkpoint', 'true'])}"
-        return f"{stopped}trainer.train(resume_from_checkpoint=True)"
 
     # -------------------------------------------------------------------------------------------- decisions, restarts
 
@@ -475,20 +439,6 @@ class PerforatedTrainer(EvaluatingTrainer):
         super().log(every, *args, **kwargs)
         logs.update({name: value for name, value in every.items() if name not in more})  # as the Trainer changes them
 
-    # ------------------------------------------------------------------------------------------------------ settings
-
-    def _name_other_settings(self, then: dict, name: str) -> None:
-        now = self.settings()
-        for setting in sorted(now.keys() | then.keys()):
-            if now.get(setting) != then.get(setting):
-                say(f"warning: {setting} was {then.get(setting)} in {name} and is now {now.get(setting)}")
-
-    def settings(self) -> dict:
-        """What a resumed run should share with the run that wrote the checkpoint, as JSON has it."""
-        settings = compared_settings(self.dendrite_args, self.args)
-        names = {"train": "train_dataset", "validation": "eval_dataset", "test": "test_dataset"}
-        return settings | {names[part]: f"{size} examples" for part, size in self.dataset_sizes.items()}
-
     def prediction_step(self, *args, **kwargs):
         """As in `EvaluatingTrainer`."""
         if "evaluation" not in self._unwatched:
@@ -527,72 +477,6 @@ class PerforatedTrainer(EvaluatingTrainer):
     def _determine_best_metric(self, metrics, trial):
         """As in `Trainer`, for callbacks that read `state.best_metric`; an evaluation that is not finite is skipped."""
         return math.isfinite(metrics[self.score_name]) and super()._determine_best_metric(metrics, trial)
-
-    # --------------------------------------------------------------------------------------------------- checkpoints
-
-    def _save_checkpoint(self, model, trial):
-        """As `Trainer._save_checkpoint`; the checkpoint counts once all of it is there, and only then old ones go."""
-        folder = self.run_dir / f"checkpoint-{self.state.global_step}"
-        limit, settings = self.args.save_total_limit, self.settings()
-        self.state.best_global_step = None  # the best model is kept in each checkpoint, the Trainer need not keep one
-        self.args.save_total_limit = None  # the Trainer would delete an old checkpoint before the new one is complete
-        stock = super()._save_checkpoint
-        try:
-            with disk_errors(folder, self.run_dir):
-                self._together(lambda: checkpoint.begin(folder), main_only=True)
-                self._together(lambda: stock(model, trial))
-                facts = {
-                    "step": self.state.global_step,
-                    "complete": self.decision is Decision.COMPLETE,
-                    "train_seconds": self.train_seconds + time.monotonic() - self._began,
-                    "settings": settings,
-                    "restarts": self.restarts,
-                }
-                self._together(lambda: self._finish_checkpoint(folder, facts, limit), main_only=True)
-        finally:
-            self.args.save_total_limit = limit
-
-    def _finish_checkpoint(self, folder: Path, facts: dict, limit: int | None) -> None:
-        self.growth.save(folder)
-        checkpoint.write_manifest(folder, facts)
-        checkpoint.rotate(self.run_dir, limit)
-
-    def _together(self, work, main_only: bool = False) -> None:
-        """Do something in the first process or in all; all processes wait for it, and end with the error of any."""
-        error = None
-        if self.is_world_process_zero() or not main_only:
-            try:
-                work()
-            except Exception as caught:
-                if self.args.world_size == 1:
-                    raise
-                error = caught
-        if self.args.world_size > 1:
-            errors = [found for found in gather_object([error and f"{type(error).__name__}: {error}"]) if found]
-            if error:
-                raise error
-            if errors:
-                raise OSError(f"another process failed: {errors[0]}")
-
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        """The only place where network and dendrites are loaded; `Trainer` does the rest."""
-        folder = Path(resume_from_checkpoint)
-        self.growth.load(folder)
-        self._steps_of_checkpoint = TrainerState.load_from_json(str(folder / checkpoint.STATE)).max_steps
-        best, unit = self.growth.policy.best_score, report.unit(self.score_name)
-        shown = "" if best is None else f", best {unit} so far {best:.4f}"
-        say(f"resuming at step {checkpoint.step_of(folder):,}: {report.count(self.num_dendrites, 'dendrite')}{shown}")
-        self.accelerator.wait_for_everyone()
-
-
-def _length(data) -> int | None:
-    """The number of examples, if it is known."""
-    if isinstance(data, dict):
-        return None
-    try:
-        return len(data)
-    except (TypeError, NotImplementedError):
-        return None
 
 
 class PerforatedSeq2SeqTrainer(PerforatedTrainer, Seq2SeqTrainer):

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForImageClassification, AutoModelForMaskedLM
 
-from perforated_trainer import layers, load_perforated_model, loading, remote_code
+from perforated_trainer import layers, load_perforated_model, loading, modules, remote_code
 from perforated_trainer.layers import DendriteLinear, layers_with_dendrites
 
 BERT, DISTILBERT, GPT2 = "BertForMaskedLM", "DistilBertForSequenceClassification", "GPT2LMHeadModel"
@@ -434,29 +434,29 @@ def test_plain_module_saved_and_loaded_is_bitwise_equal(rank, joined, tmp_path):
     if joined and not rank:
         layers.add_dendrites(layers.join(model, "features.0", "1"), 2, dim=-3, neurons=4)
     with_dendrites(model, rank=rank)
-    loading.save_module(model, tmp_path)
+    modules.save_module(model, tmp_path)
     loaded = load_perforated_model(Plain(), tmp_path)
     assert loaded.alias is loaded.head and loaded.head.num_dendrites == model.head.num_dendrites
     assert torch.equal(loaded(x), model(x)) and not loaded.training
-    loading.save_module(loaded, tmp_path)
+    modules.save_module(loaded, tmp_path)
     assert torch.equal(load_perforated_model(Plain(), tmp_path)(x), model(x))
     for module in list(layers_with_dendrites(loaded).values()):
         layers.remove_dendrites(module)
-    loading.save_module(loaded, tmp_path)
-    assert not (tmp_path / loading.MODULE).exists()
+    modules.save_module(loaded, tmp_path)
+    assert not (tmp_path / modules.MODULE).exists()
 
 
 def test_plain_module_that_does_not_fit_is_one_clear_error(tmp_path):
-    loading.save_module(with_dendrites(Plain()), tmp_path)
+    modules.save_module(with_dendrites(Plain()), tmp_path)
     with pytest.raises(ValueError, match=r"gives dendrites to 'features\.0', which Linear does not have"):
-        loading.load_module(nn.Linear(4, 3), tmp_path)
-    values = json.loads((tmp_path / loading.MODULE).read_text())
+        modules.load_module(nn.Linear(4, 3), tmp_path)
+    values = json.loads((tmp_path / modules.MODULE).read_text())
     values["layers"]["head"] = 10_000_000
-    (tmp_path / loading.MODULE).write_text(json.dumps(values))
+    (tmp_path / modules.MODULE).write_text(json.dumps(values))
     with pytest.raises(ValueError, match="'head': 10000000 dendrites, but the weights are of"):
-        loading.load_module(Plain(), tmp_path)
+        modules.load_module(Plain(), tmp_path)
     with pytest.raises(OSError, match="no file of weights"):
-        loading.load_module(Plain(), tmp_path / "nowhere")
+        modules.load_module(Plain(), tmp_path / "nowhere")
 
 
 # ------------------------------------------------------------------------------------------------------------ bad input
