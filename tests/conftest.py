@@ -1,9 +1,14 @@
 import gc
+import importlib.metadata
 import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import kills
 import pytest
+from packaging.version import Version
 
 ROOT = Path(__file__).parent.parent
 # Parallel runs would compete for the cores; for a network this small one thread is as fast.
@@ -18,6 +23,24 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
     kills.run_to_end(folder, "--report_to", "tensorboard", "--save_total_limit", "100")
     return folder
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory):
+    """The package as a wheel, built from a copy, because setuptools writes into the source folder."""
+    try:
+        tools = Version(importlib.metadata.version("setuptools"))
+    except importlib.metadata.PackageNotFoundError:
+        tools = Version("0")
+    if tools < Version("77"):
+        pytest.skip("needs setuptools 77")
+    folder = tmp_path_factory.mktemp("wheel")
+    shutil.copytree(ROOT, folder / "source", ignore=shutil.ignore_patterns(".*", "__pycache__", "results"))
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", folder]
+    done = subprocess.run([*command, folder / "source"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (built,) = folder.glob("*.whl")
+    return built
 
 
 @pytest.fixture

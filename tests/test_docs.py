@@ -2,10 +2,9 @@
 
 import ast
 import dataclasses
-import importlib.metadata
+import importlib.util
 import json
 import re
-import shutil
 import subprocess
 import sys
 import tokenize
@@ -13,7 +12,6 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from packaging.version import Version
 from transformers import HfArgumentParser, TrainingArguments
 
 import mnist_huggingface_perforatedai as script
@@ -89,31 +87,7 @@ def test_quick_start_in_empty_folder_saves_model_that_loads(quick_start_run):
 
 
 @pytest.mark.slow
-def test_quick_start_with_installed_wheel_needs_no_clone(tmp_path):
-    try:
-        tools = Version(importlib.metadata.version("setuptools"))
-    except importlib.metadata.PackageNotFoundError:
-        tools = Version("0")
-    if tools < Version("77"):
-        pytest.skip("needs setuptools 77")
-    source = tmp_path / "source"  # setuptools writes next to what it builds
-    source.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    shutil.copytree(ROOT / "perforated_trainer", source / "perforated_trainer")
-    wheel = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--quiet",
-        "--no-deps",
-        "--no-build-isolation",
-        "-w",
-        tmp_path,
-        source,
-    ]
-    subprocess.run(wheel, check=True, capture_output=True)
+def test_quick_start_with_installed_wheel_needs_no_clone(wheel, tmp_path):
     environment = tmp_path / "venv"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
     python = environment / "bin" / "python"
@@ -124,7 +98,7 @@ def test_quick_start_with_installed_wheel_needs_no_clone(tmp_path):
         text=True,
     ).stdout.strip()
     target = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", where]
-    subprocess.run([*target, *tmp_path.glob("*.whl")], check=True, capture_output=True)
+    subprocess.run([*target, wheel], check=True, capture_output=True)
     packages = [path for path in sys.path if path.endswith("site-packages")]
     Path(where, "of_the_tests.pth").write_text("\n".join(packages))  # torch, transformers and perforatedai
     printed, loaded = run_quick_start(tmp_path / "empty", str(python), path="")

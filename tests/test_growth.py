@@ -396,25 +396,6 @@ def test_normalized_weight_trains_or_raises(normalize, suffix):
     assert len(moves.moved) == 18 and all(moves.moved) and kept(trainer, script)[0] == 0.4
 
 
-class TwoNames(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a = nn.Linear(16, 16)
-        self.b = self.a
-
-    def forward(self, x):
-        return self.b(torch.tanh(self.a(x)))
-
-
-def test_module_with_two_names_is_loaded_as_it_was():
-    model = model_of(TwoNames)
-    dendrites = {"module_ids_to_perforate": ["body.a"], "dendrite_init_scale": 1.0}
-    trainer, _ = scripted(TWO_DENDRITES, model, dendrites, learning_rate=5e-2)
-    trainer.train()
-    trainer.save_model("saved")
-    assert torch.equal(logits(type(model).from_pretrained("saved")), logits(model))
-
-
 class FloatHead(transformers.DistilBertForSequenceClassification):
     def forward(self, input_ids, labels=None):
         logits = self.classifier(self.distilbert(input_ids)[0][:, 0].float())

@@ -1,10 +1,8 @@
 """The installed package: its dependencies, its files, and that its import does no work."""
 
 import ast
-import importlib.metadata
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tomllib
@@ -129,32 +127,7 @@ def test_script_runs_without_an_installed_package(tmp_path):
 
 
 @pytest.mark.slow
-def test_wheel_holds_the_package_alone(tmp_path):
-    """Built from a copy, because setuptools writes into the source folder."""
-    try:
-        tools = Version(importlib.metadata.version("setuptools"))
-    except importlib.metadata.PackageNotFoundError:
-        tools = Version("0")
-    if tools < Version("77"):
-        pytest.skip("needs setuptools 77")
-    source = tmp_path / "source"
-    left_out = shutil.ignore_patterns(".*", "__pycache__", "results")
-    shutil.copytree(ROOT, source, ignore=left_out)
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--quiet",
-        "--no-deps",
-        "--no-build-isolation",
-        "-w",
-        tmp_path,
-        source,
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    (wheel,) = tmp_path.glob("*.whl")
+def test_wheel_holds_the_package_alone(wheel, tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     modules = {f"perforated_trainer/{file.name}" for file in (ROOT / "perforated_trainer").glob("*.py")}
     assert {name for name in names if ".dist-info/" not in name} == modules
