@@ -32,9 +32,9 @@ DEFAULTS = {
     "num_initial_dendrites": 1,
     "freeze_base": True,
     "max_dendrites": 3,
-    "dendrite_activation": "tanh",
+    "dendrite_init_scale": 0.1,  # small, because the learning rate is high
     "switch_mode": "fixed",
-    # A cycle: four epochs with a linear schedule. Dendrites take a higher learning rate than a whole network.
+    # A cycle: four epochs with a linear schedule. The new head needs a high learning rate, and shares it.
     "num_train_epochs": 4,
     "learning_rate": 1e-2,
     "lr_scheduler_type": "linear",

@@ -166,8 +166,6 @@ class DendriteArguments:
     overwrite_run: bool = HfArg(default=False, help="Replace the run that the folder already holds.")
 
     def __post_init__(self):
-        if self.dendrite_activation is None:
-            self.dendrite_activation = "sigmoid" if self.dendrite_rank is None else "tanh"
         for name in ("improvement_threshold", "modules_to_train", "module_names_to_perforate"):
             value = getattr(self, name)
             if isinstance(value, (int, float, str)):  # a single value is as good as a list of one
@@ -177,6 +175,11 @@ class DendriteArguments:
         for name in ("module_ids_to_perforate", "module_names_to_track", "module_ids_to_track"):
             value = getattr(self, name)
             setattr(self, name, [value] if isinstance(value, str) else list(value or []))
+
+    @property
+    def activation(self) -> str:
+        """`dendrite_activation`, or its default."""
+        return self.dendrite_activation or ("tanh" if self.dendrite_rank else "sigmoid")
 
 
 # Argument: its type, its smallest value, and whether that value itself is allowed.
@@ -211,6 +214,8 @@ def _check_numbers(args: DendriteArguments) -> None:
             raise PerforatedError(
                 f"--{name} {value!r}: it must be {what} {f'of at least {least}' if included else f'above {least}'}"
             )
+        if kind is int:  # 8.0 is a whole number, too
+            setattr(args, name, int(value))
     if args.num_initial_dendrites > args.max_dendrites:
         raise PerforatedError(
             f"--num_initial_dendrites {args.num_initial_dendrites} is above --max_dendrites {args.max_dendrites}"
@@ -353,7 +358,8 @@ _HARMLESS = set(
 
 def compared_settings(dendrite_args: DendriteArguments, training_args: TrainingArguments) -> dict:
     """The settings that a resumed run should share with the run that it continues, as JSON has them."""
-    settings = training_args.to_dict() | vars(dendrite_args) | {"world_size": training_args.world_size}
+    own = vars(dendrite_args) | {"dendrite_activation": dendrite_args.activation}
+    settings = training_args.to_dict() | own | {"world_size": training_args.world_size}
     settings = {name: value for name, value in settings.items() if name not in _HARMLESS}
     if dendrite_args.switch_mode != "fixed" and not has_an_end(training_args):  # then these only say when to stop
         del settings["max_steps"], settings["num_train_epochs"]

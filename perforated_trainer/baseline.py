@@ -37,7 +37,7 @@ class Baseline(Growth):
     """Takes the place of `Growth`: a restart when the run had one, without a change of the network.
 
     Args:
-        model, args, plan, metric, greater_is_better: As for `Growth`; `args.control_of` is the folder of the run.
+        model, args, plan, metric, greater_is_better, began: As for `Growth`; `args.control_of` is the run's folder.
         from_command_line (`bool`): Whether messages name flags.
 
     Attributes:
@@ -57,6 +57,7 @@ class Baseline(Growth):
         plan: convert.Plan,
         metric: str,
         greater_is_better: bool,
+        began: dict[str, int] | None = None,
         from_command_line: bool = False,
     ):
         self.run_dir = Path(args.control_of)
@@ -65,7 +66,7 @@ class Baseline(Growth):
         evaluates = self.results.get("last_evaluation", self.last_step) == self.last_step
         self.callback = StopWithRunCallback(self.last_step, evaluates)
         own = dataclasses.replace(args, doing_pai=False, switch_mode="fixed")  # its policy ends no cycle by itself
-        super().__init__(model, own, plan, metric, greater_is_better)
+        super().__init__(model, own, plan, metric, greater_is_better, began)
 
     def _library(self):
         return None

@@ -96,21 +96,6 @@ class FiniteLossCallback(TrainerCallback):
                 )
 
 
-class DendriteCallback(TrainerCallback):
-    """Notes at each step that the network changes, and which layers the training uses.
-
-    Args:
-        trainer (`PerforatedTrainer`): Its growth is looked up at each step.
-    """
-
-    def __init__(self, trainer):
-        self._trainer = trainer
-
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        self._trainer.growth.changed()
-        self._trainer.growth.watch_gradients()
-
-
 class PlotCallback(TrainerCallback):
     """Draws `<run>.png` and the graphs of perforatedai while training, in at most a hundredth of the time.
 

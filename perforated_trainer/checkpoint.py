@@ -16,7 +16,7 @@ from pathlib import Path
 
 from .arguments import PerforatedError
 
-FORMAT = 4  # 1: one file `perforated_trainer.py`; 2: the network three times; 3: the evaluations in the log only
+FORMAT = 5  # 1: one file; 2: the network three times; 3: the evaluations in the log only; 4: no activation
 MANIFEST = "perforated.json"
 MARK = f"{MANIFEST}.unfinished"  # of a checkpoint that is being written or deleted
 STATE = "trainer_state.json"  # each checkpoint of a Trainer has one

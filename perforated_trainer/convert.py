@@ -110,12 +110,15 @@ def plan_dendrites(model: nn.Module, dendrite_args: DendriteArguments, training_
             model.get_input_embeddings()
         except (AttributeError, NotImplementedError):
             raise PerforatedError(f"--neftune_noise_alpha: {type(model).__name__} has no input embeddings") from None
-    if args.dendrite_activation not in layers.ACTIVATIONS:
+    if args.activation not in layers.ACTIVATIONS:
         known = ", ".join(layers.ACTIVATIONS)
-        raise PerforatedError(f"--dendrite_activation {args.dendrite_activation}: use one of {known}")
+        raise PerforatedError(f"--dendrite_activation {args.activation}: use one of {known}")
+    if args.join_normalization and args.dendrite_rank:
+        raise PerforatedError("--join_normalization does not go with --dendrite_rank: leave one of them out")
     _check_quantization_mark(model)
+    _check_state(model)
     for name, layer in layers.layers_with_dendrites(model).items():
-        if layer.dendrite_activation != args.dendrite_activation:
+        if layer.dendrite_activation != args.activation:
             raise PerforatedError(
                 f"{name} has dendrites with another activation: set --dendrite_activation {layer.dendrite_activation}"
             )
@@ -133,8 +136,10 @@ def plan_dendrites(model: nn.Module, dendrite_args: DendriteArguments, training_
             when = "without dendrites" if args.control_of else "before the first dendrite"
             instead = "" if args.control_of else "--num_initial_dendrites 1 or "
             raise PerforatedError(f"--freeze_base: nothing would be trained {when}: set {instead}--modules_to_train")
+        if not plan.names and args.doing_pai and not args.control_of and args.max_dendrites:
+            raise PerforatedError("--modules_to_train: no layer is left for dendrites, all are trained in full")
     sizes = planned_sizes(model, args, plan)
-    parameter_count.check_fits(sizes, args)
+    parameter_count.check_fits(sizes, args, args.num_initial_dendrites - num_dendrites_of(model))
     return plan
 
 
@@ -148,6 +153,30 @@ def _check_outputs_known(model: nn.Module, plan: Plan) -> None:
                 f"--num_initial_dendrites: the neurons of {name}, a {kind_of(module)}, are not known before its first "
                 "output: start without dendrites, or leave it out"
             )
+
+
+def _check_state(model: nn.Module) -> None:
+    """Refuse modules whose state a run could not tell from dendrites, or not bring back with the best weights."""
+    grown = layers.layers_with_dendrites(model)
+    for name, layer in grown.items():
+        if not isinstance(layer._parameters.get("dendrite_to_output"), nn.Parameter) or not (
+            hasattr(layer, "dendrites") or {"dendrite_weight", "dendrite_down"} & layer._parameters.keys()
+        ):
+            raise PerforatedError(
+                f"the dendrites of {name} are pruned or normalized and cannot be trained on: make that permanent "
+                "before, as with torch.nn.utils.prune.remove"
+            )
+    for name, module in model.named_modules(remove_duplicate=False):
+        if type(module).get_extra_state is not nn.Module.get_extra_state:
+            raise PerforatedError(
+                f"{name} has a state that is no tensor (get_extra_state), which would not come back with the best "
+                "weights: keep it in a buffer"
+            )
+    for name, _ in model.named_parameters(remove_duplicate=False):
+        path = name.split(".")
+        start = next((i for i, part in enumerate(path) if part.startswith("dendrite")), None)
+        if start is not None and ".".join(path[:start]) not in grown:
+            raise PerforatedError(f'{name}: names that begin with "dendrite" are those of dendrites, use another one')
 
 
 def _check_quantization_mark(model: nn.Module) -> None:
@@ -262,7 +291,8 @@ def _choose(model: nn.Module, args: DendriteArguments) -> Plan:
         if path & tracked:
             reason = "excluded"
         elif name in grown:
-            pass
+            if not args.freeze_base and not any(p.requires_grad for p in own):
+                reason = "frozen"
         elif name in reads and not (other and layers.kind_of_low_rank(module) is None):
             reason = f"weights are read by {reads[name]}"
         elif saved is not None and not path & saved:
@@ -286,6 +316,8 @@ def _choose(model: nn.Module, args: DendriteArguments) -> Plan:
             reason = _no_low_rank(module, args.dendrite_rank)
             if reason and name in asked:
                 raise PerforatedError(f"--dendrite_rank {args.dendrite_rank}: {name} {reason}")
+        if reason is None and not own:
+            raise PerforatedError(f"--module_names_to_perforate: {name}, a {kind}, has no weights")
         if reason is None:
             plan.names.append(name)
             if name in norms and name not in grown:

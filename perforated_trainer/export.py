@@ -120,7 +120,9 @@ class ExportingTrainer(Trainer):
         if self._dendrites_only or sharing.quantization(self.model):
             return True
         is_checkpoint = folder.name.startswith("checkpoint-")
-        return is_checkpoint and self.dendrite_args.freeze_base and bool(sharing.base_of(self.model))
+        if not (is_checkpoint and self.dendrite_args.freeze_base and sharing.base_of(self.model)):
+            return False
+        return any(not p.requires_grad and p.numel() for p in self.model.parameters())
 
     def cycles(self) -> list[dict]:
         """For each number of dendrites: parameters, the best validation score, its step and the other scores there."""

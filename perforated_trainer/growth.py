@@ -34,6 +34,8 @@ class Growth:
         plan (`convert.Plan`): Which layers get dendrites.
         metric (`str`): Name of the monitored metric.
         greater_is_better (`bool`): Whether a higher score is better.
+        began (`dict[str, int]`, *optional*): Number of dendrites that each layer had before those of this run; those
+            of now by default.
 
     Attributes:
         policy (`Policy`): Decides.
@@ -46,28 +48,22 @@ class Growth:
     """
 
     def __init__(
-        self, model: nn.Module, args: DendriteArguments, plan: convert.Plan, metric: str, greater_is_better: bool
+        self,
+        model: nn.Module,
+        args: DendriteArguments,
+        plan: convert.Plan,
+        metric: str,
+        greater_is_better: bool,
+        began: dict[str, int] | None = None,
     ):
         self.model, self.args, self.plan = model, args, plan
         self._metric, self._greater_is_better = metric, greater_is_better
         self._dimensions: dict[str, list[int]] = {}
-        before = convert.num_dendrites_of(model)
-        initial = max(args.num_initial_dendrites - before, 0) if args.doing_pai else 0
+        self.began = self._numbers() if began is None else began  # this run has not added them and does not remove them
         self.library, self.unused = self._library(), set()
-        for _ in range(initial):
+        for _ in range(args.num_initial_dendrites - self.num_dendrites if args.doing_pai else 0):
             self._add_to(plan.names)
-        self.policy = Policy(
-            greater_is_better=greater_is_better,
-            n_epochs_to_switch=args.n_epochs_to_switch,
-            max_dendrites=max(args.max_dendrites - before - initial, 0),
-            max_dendrite_tries=args.max_dendrite_tries,
-            history_lookback=args.history_lookback,
-            improvement_threshold=args.improvement_threshold,
-            improvement_threshold_raw=args.improvement_threshold_raw,
-            fixed=args.switch_mode == "fixed",
-            doing_pai=args.doing_pai,
-            capacity_test=args.testing_dendrite_capacity,
-        )
+        self.policy = self._new_policy()
         self.notes: list[str] = []
         self.evaluations: list[dict] = []
         self.initial_weights = ""
@@ -78,6 +74,26 @@ class Growth:
         self._base_size = 0  # trained parameters that are no dendrites, of the best weights
         # Layers that no training step has used so far. One that is frozen has no gradient that tells, its dendrites do.
         self.unused = {name for name in plan.names if self._parameters(name)}
+
+    @property
+    def _num_initial(self) -> int:
+        before = max(self.began.values(), default=0)
+        return max(self.args.num_initial_dendrites - before, 0) if self.args.doing_pai else 0
+
+    def _new_policy(self) -> Policy:
+        args, before = self.args, max(self.began.values(), default=0)
+        return Policy(
+            greater_is_better=self._greater_is_better,
+            n_epochs_to_switch=args.n_epochs_to_switch,
+            max_dendrites=max(args.max_dendrites - before - self._num_initial, 0),
+            max_dendrite_tries=args.max_dendrite_tries,
+            history_lookback=args.history_lookback,
+            improvement_threshold=args.improvement_threshold,
+            improvement_threshold_raw=args.improvement_threshold_raw,
+            fixed=args.switch_mode == "fixed",
+            doing_pai=args.doing_pai,
+            capacity_test=args.testing_dendrite_capacity,
+        )
 
     def _library(self) -> PAITracker | None:
         return PAITracker(self.args, self._metric, self._greater_is_better)
@@ -259,7 +275,7 @@ class Growth:
                 dim, neurons = convert.dimension_of_neurons(layer), parameter_count.neurons_of(layer)
             if norm := self.plan.norms.get(name):
                 layer = layers.join(self.model, name, norm)
-            activation, rank = self.args.dendrite_activation, self.args.dendrite_rank
+            activation, rank = self.args.activation, self.args.dendrite_rank
             layers.add_dendrites(layer, number, dim, activation, neurons, rank)
         return layer
 
@@ -308,14 +324,23 @@ class Growth:
         self._drop_unused()
 
     def _drop_unused(self) -> None:
-        """Remove the dendrites of layers that no training step has used, such as initial ones on an unread pooler."""
-        dropped = [n for n in self.plan.names if n in self.unused and self._number(n) and n not in self.plan.norms]
+        """Remove dendrites that this run added to layers that no training step has used, such as an unread pooler."""
+        dropped = [
+            name
+            for name in self.plan.names
+            if name in self.unused and self._number(name) > self.began.get(name, 0) and name not in self.plan.norms
+        ]
         for name in dropped:
-            self._resize(name, 0)
+            number = self.began.get(name, 0)
+            self._resize(name, number)
             self._best_numbers.pop(name, None)
+            self._best_numbers |= {name: number} if number and self._best_step is not None else {}
             self._best = {key: value for key, value in self._best.items() if not key.startswith(f"{name}.dendrite")}
         if dropped:
-            self.notes.append(f"note: no training step has used {_shown(dropped)}: its dendrites are removed")
+            if self._best:
+                weights = self._weights()
+                self._best |= {name: weights[name].detach().cpu() for name in weights.keys() - self._best.keys()}
+            self.notes.append(f"note: no training step has used {_shown(dropped)}: the new dendrites are removed")
 
     def changed(self) -> None:
         """A training step has changed the network."""
@@ -330,6 +355,8 @@ class Growth:
             "evaluations": self.evaluations,
             "initial_weights": self.initial_weights,
             "scores": self.library.state_dict() if self.library else [],
+            "activation": self.args.activation,
+            "began": self.began,
             "dendrites": self._numbers(),
             "best_dendrites": self._best_numbers,
             "best_step": self._best_step,
@@ -355,9 +382,11 @@ class Growth:
         try:
             self._check_state(state)
             self._dimensions = {name: list(map(int, value)) for name, value in state["dimensions"].items()}
+            self.began = {str(name): int(number) for name, number in state["began"].items()}
             self._set_numbers(state["dendrites"])
             modules.load_weights(self.model, folder)
             self._load_best(folder, state)
+            self.policy = self._new_policy()
             self.policy.load_state_dict(state["policy"])
             self.evaluations, self.initial_weights = state["evaluations"], str(state["initial_weights"])
             if self.library:
@@ -372,9 +401,11 @@ class Growth:
     def _check_state(self, state: dict) -> None:
         """Raise ValueError for a state that this network cannot have."""
         most = max(self.args.max_dendrites, CAPACITY_TEST_DENDRITES, self.num_dendrites, *self._numbers().values(), 0)
+        if (then := state["activation"]) != self.args.activation and (state["dendrites"] or state["best_dendrites"]):
+            raise ValueError(f"its dendrites have another activation: set --dendrite_activation {then}")
         for entry in ("dendrites", "best_dendrites"):
             for name, number in state[entry].items():
-                if name not in self.plan.names:
+                if name not in self.plan.names and number != self._number(name):
                     raise ValueError(f"{name!r} has dendrites there, and gets none here")
                 if type(number) is not int or not 0 < number <= most:
                     raise ValueError(f"{name!r} has {number!r} dendrites there, --max_dendrites is {most}")

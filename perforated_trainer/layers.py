@@ -139,8 +139,14 @@ class _LowRank(_Layer):
         if traced or hidden.dtype != output.dtype:
             rows = output.reshape(-1, output.shape[-1])
             return add_low_rank(rows, hidden, *own, activation).view(output.shape)
-        own = (value.to(output.dtype) for value in own)
-        return Recomputed.apply(activation, output, hidden, *own)
+        own = [value.to(output.dtype) for value in own]
+        try:
+            return Recomputed.apply(activation, output, hidden, *own)
+        except RuntimeError as error:  # under a transform of torch.func
+            if "setup_context" not in str(error):
+                raise
+            rows = output.reshape(-1, output.shape[-1])
+            return add_low_rank(rows, hidden, *own, activation).view(output.shape)
 
 
 class _Module(_Layer):

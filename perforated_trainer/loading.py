@@ -11,6 +11,7 @@ import copy
 import functools
 import json
 import os
+import re
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import torch
@@ -31,6 +32,8 @@ from .layers import (
     has_dendrites,
     join,
     layers_with_dendrites,
+    remove_dendrites,
+    separate,
 )
 from .sharing import BASE, base_of, check_base, fingerprints, frozen_part, read_base, trained_part
 
@@ -155,15 +158,34 @@ class DendriteQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
         saved = self._leave_out_resized(model, read_shapes(checkpoint_files)) if checkpoint_files else None
         self._base = None
+        if checkpoint_files and not getattr(self.quantization_config, "base", None) and read_base(checkpoint_files[0]):
+            raise ValueError("config.json does not name the base of these dendrites: save them again")
         if base := getattr(self.quantization_config, "base", None):
             _check_loadable(base)
-            self._base = read_base(checkpoint_files[0]) if checkpoint_files else {}
-            model._keys_to_ignore_on_load_missing = {".*"}  # the base is loaded after the dendrites
+            self._base = _read_base(checkpoint_files[0]) if checkpoint_files else {}
         partial = bool(self._architectures) and type(model).__name__ not in self._architectures
         self.quantization_config.build(model, saved, partial)
+        if self._base is not None:
+            self._expect_base(model, saved or {})
         self._shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
         if saved is not None:
             check_dendrites(model, saved, partial)
+
+    def _expect_base(self, model, saved):
+        """Let transformers miss what neither the files nor the base hold, but not the base, which is loaded later."""
+        prefix = f"{getattr(model, 'base_model_prefix', '')}."
+        self._held = {key for name in (*self._base, *saved) for key in (name, name.removeprefix(prefix), prefix + name)}
+        self._ignored = model._keys_to_ignore_on_load_missing
+        model._keys_to_ignore_on_load_missing = {f"^({'|'.join(map(re.escape, self._held))})$"}
+
+    def _check_held(self, model):
+        """Raise ValueError if a tensor of the class that was saved is neither in the files nor in the base."""
+        model._keys_to_ignore_on_load_missing = self._ignored
+        state = model.state_dict()
+        pointers = {value.data_ptr() for name, value in state.items() if name in self._held}  # a tied one has two names
+        left = [n for n, value in state.items() if n not in self._held and value.data_ptr() not in pointers]
+        if left and type(model).__name__ in self._architectures:
+            raise ValueError(f"{left[0]} is missing: neither this folder nor the base of the dendrites holds it")
 
     def _leave_out_resized(self, model, saved):
         """Leave out the dendrites of layers of another size than in the files: transformers refuses them, or makes new
@@ -186,6 +208,7 @@ class DendriteQuantizer(HfQuantizer):
             del model.config.transformers_weights  # this folder's alone, another one loaded with the config has its own
         _align(model)
         if self._base is not None:
+            self._check_held(model)
             load_base(model, self.quantization_config, self._base)
         return make_dendritic(model)
 
@@ -251,6 +274,12 @@ def _check_loadable(base):
             f"these dendrites are for {base['name']}, quantized ({method}): load that as it was, and then "
             "perforated_trainer.load_dendrites(base, folder)"
         )
+
+
+def _read_base(file):
+    if not (expected := read_base(file)):
+        raise ValueError(f"{file} has lost its metadata, which says to which base the dendrites belong: save it again")
+    return expected
 
 
 def _unjoined(name, layers):
@@ -361,7 +390,7 @@ def load_dendrites(base_model: nn.Module, folder: str | Path) -> nn.Module:
         raise ValueError(f"this {type(base_model).__name__} has dendrites already: load its base again")
     what = f"what is in {folder}"
     file, modules = folder / config.weights, dict(base_model.named_modules())
-    shapes, expected, own = read_shapes([file]), read_base(file), base_model.state_dict()
+    shapes, expected, own = read_shapes([file]), _read_base(file), base_model.state_dict()
     if lacking := [name for name in config.layers if name not in modules]:
         raise ValueError(f"{what} was trained on another base: this {type(base_model).__name__} has no {lacking[0]}")
     for name, shape in shapes.items():
@@ -372,8 +401,20 @@ def load_dendrites(base_model: nn.Module, folder: str | Path) -> nn.Module:
     check_base(base_model, _by_name(own, expected, config.layers, ""), expected, what)
     for name, value in config.layers.items():
         config._check_number(name, value.get("dendrites") if isinstance(value, dict) else value, shapes, "")
-    config.build(base_model, shapes)
-    check_dendrites(base_model, shapes)
+    held = {own[name].data_ptr() for name in (*expected, *(_unjoined(n, config.layers) for n in shapes)) if name in own}
+    if left := [name for name, value in own.items() if value.data_ptr() not in held and value.numel()]:
+        raise ValueError(f"{left[0]} is missing: {what} does not hold it, and it was not in the base there")
+    try:
+        config.build(base_model, shapes)
+        check_dendrites(base_model, shapes)
+    except ValueError:
+        for name, layer in list(base_model.named_modules()):
+            if has_dendrites(layer):
+                remove_dendrites(layer)
+            if hasattr(layer, "joined_norm"):
+                separate(base_model, name)
+        compute_in_full(base_model)
+        raise
     own = base_model.state_dict()
     with safe_open(file, framework="pt") as weights:
         for name in weights.keys():  # noqa: SIM118
@@ -446,13 +487,15 @@ class _Model(_Reduced):
         """As in transformers. A model with dendrites is saved under one name only, so `variant` is not read.
 
         With `dendrites_only=True` what was trained is saved, and the name of the frozen base."""
-        if dendrites_only:
-            return save_dendrites(self, Path(save_directory))
-        if not layers_with_dendrites(self):
+        if not layers_with_dendrites(self) and not dendrites_only:
             return super().save_pretrained(save_directory, *args, push_to_hub=push_to_hub, variant=variant, **kwargs)
         names = "repo_id", "commit_message", "create_pr", "private", "revision", "token"
         hub = {name: kwargs.pop(name) for name in names if name in kwargs}
         folder, writes = Path(save_directory), kwargs.get("is_main_process", args[0] if args else True)
+        if dendrites_only and push_to_hub:
+            raise ValueError("dendrites_only: save_pretrained does not upload them; upload the folder that it writes")
+        if dendrites_only:
+            return save_dendrites(self, folder) if writes else None
         with _config_with(self, dendrite_config(self)):
             # The names in the file are those of the modules, so that they can be checked before they are loaded.
             kwargs |= {"variant": VARIANT, "save_original_format": False}
@@ -502,6 +545,8 @@ def _patch_save_pretrained():
     @functools.wraps(stock)
     def save_pretrained(self, *args, **kwargs):
         has_dendrites = bool(layers_with_dendrites(self))
+        if not has_dendrites and kwargs.pop("dendrites_only", False):
+            raise ValueError(f"dendrites_only: this {type(self).__name__} has no dendrites")
         if has_dendrites and not hasattr(type(self), "dendrite_base"):
             return make_dendritic(self).save_pretrained(*args, **kwargs)
         mark = getattr(self.config, "quantization_config", None)
@@ -521,7 +566,12 @@ def check_savable(model: nn.Module) -> None:
             f"dendrites_only: this {type(model).__name__} does not know the name of its base; load it with "
             "from_pretrained, or set model.config._name_or_path"
         )
-    if all(p.requires_grad or not p.numel() for p in model.parameters()):
+    trained = trained_part(model)
+    if frozen := [n for n, p in model.named_parameters() if _is_of_dendrites(n) and n not in trained]:
+        raise ValueError(
+            f"dendrites_only: {frozen[0]} is frozen, and what is frozen is not saved: save before freezing"
+        )
+    if all(name in trained for name, _ in model.named_parameters()):
         raise ValueError("dendrites_only: nothing of this model is frozen, all of it was trained; use freeze_base")
 
 
@@ -546,7 +596,8 @@ def save_dendrites(model: nn.Module, folder: Path) -> None:
         model.generation_config.save_pretrained(folder)
     for name in (INDEX, *STOCK_NAMES):
         (folder / name).unlink(missing_ok=True)
-    metadata = {"format": "pt", BASE: json.dumps(fingerprints(model, frozen))}
+    fresh = not folder.name.startswith("checkpoint-")
+    metadata = {"format": "pt", BASE: json.dumps(fingerprints(model, frozen, fresh))}
     save_file(distinct(trained), folder / WEIGHTS, metadata=metadata)
     if f"{CODE}." in str(getattr(model.config, "auto_map", "")):
         write_code(folder)

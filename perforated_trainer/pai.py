@@ -15,6 +15,7 @@ import pdb
 import re
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from collections import OrderedDict
@@ -44,6 +45,7 @@ with contextlib.redirect_stdout(io.StringIO()):  # the package prints which vari
 logger = logging.get_logger(__name__)
 
 SAVE_NAME = "perforatedai"  # of perforatedai, so the name of its folder and the first part of its files' names
+_ONE_AT_A_TIME = threading.RLock()  # perforatedai's settings, and the current folder, are those of the process
 _NEVER = 10**9  # tries and dendrites: the limits of perforatedai are not used
 
 
@@ -108,7 +110,7 @@ def initial_scales(args: DendriteArguments) -> tuple[float, float]:
     (benchmarks/pretrained.py, docs/results/pretrained.md).
     """
     given = args.dendrite_init_scale
-    if args.dendrite_rank and passes_zero(args.dendrite_activation):
+    if args.dendrite_rank and passes_zero(args.activation):
         return 0.0, 1.0 if given is None else given
     default = 0.1 if args.dendrite_rank else 0.01
     return default if given is None else given, 0.0
@@ -155,7 +157,7 @@ class PAITracker:
             "module_names_to_perforate": [],
             "module_names_to_not_save": [],
             "initial_history_after_switches": -1,
-            "pai_forward_function": layers.ACTIVATIONS[args.dendrite_activation],
+            "pai_forward_function": layers.ACTIVATIONS[args.activation],
             "candidate_weight_initialization_multiplier": scale,
             "switch_mode": pc.DOING_NO_SWITCH,  # it adds a dendrite only with `force_switch`
             "max_dendrite_tries": _NEVER,
@@ -179,13 +181,14 @@ class PAITracker:
     @contextlib.contextmanager
     def _installed(self) -> Iterator[None]:
         """This run's tracker and settings are those of perforatedai for a `with` block."""
-        before = GPA.pc, GPA.pai_tracker
-        GPA.pc, GPA.pai_tracker = self._settings, self._tracker
-        try:
-            with library(self._folder):
-                yield
-        finally:
-            GPA.pc, GPA.pai_tracker = before
+        with _ONE_AT_A_TIME:
+            before = GPA.pc, GPA.pai_tracker
+            GPA.pc, GPA.pai_tracker = self._settings, self._tracker
+            try:
+                with library(self._folder):
+                    yield
+            finally:
+                GPA.pc, GPA.pai_tracker = before
 
     # ----------------------------------------------------------------------------------------------------- dendrites
 

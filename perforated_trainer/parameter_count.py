@@ -58,12 +58,14 @@ def sizes(now: int, layers: list[tuple[int, int]], before: int, most: int) -> li
     return result
 
 
-def check_fits(sizes: list[int], args: DendriteArguments) -> None:
-    """Raise PerforatedError where not even one dendrite fits `max_parameters`."""
-    if args.doing_pai and args.max_parameters and len(sizes) > 1 and sizes[1] > args.max_parameters:
+def check_fits(sizes: list[int], args: DendriteArguments, initial: int) -> None:
+    """Raise PerforatedError where not even one dendrite, or not the initial ones, fit `max_parameters`."""
+    number = min(max(initial, 1), len(sizes) - 1)
+    if args.doing_pai and args.max_parameters and number and sizes[number] > args.max_parameters:
+        more = "one dendrite" if number == 1 else f"{number} dendrites"
         raise PerforatedError(
-            f"--max_parameters {args.max_parameters:,}: the model has {sizes[0]:,} parameters, and {sizes[1]:,} with "
-            "one dendrite more, which does not fit; allow more, or give dendrites to fewer layers "
+            f"--max_parameters {args.max_parameters:,}: the model has {sizes[0]:,} parameters, and {sizes[number]:,} "
+            f"with {more} more, which does not fit; allow more, or give dendrites to fewer layers "
             "(--perforate_last_blocks, --module_ids_to_track)"
         )
 

@@ -39,7 +39,8 @@ def unit(name: str) -> str:
 
 def is_reported(name: str, score_name: str) -> bool:
     """Whether a metric is reported: no duration, and the loss only if it is the monitored metric."""
-    return not re.fullmatch("loss|epoch|.*time|.*per_second", unit(name)) or unit(name) == unit(score_name)
+    timed = "loss|epoch|(.*_)?runtime|model_preparation_time|.*_per_second"
+    return not re.fullmatch(timed, unit(name)) or unit(name) == unit(score_name)
 
 
 def is_error_rate(name: str, *values: float) -> bool:

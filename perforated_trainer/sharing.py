@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import nn
 
 BASE = "base"  # the entry of the metadata
-_known = weakref.WeakKeyDictionary()  # fingerprints by model and name: a frozen tensor is read once
+_known = weakref.WeakKeyDictionary()  # fingerprints by model and name: between checkpoints a frozen tensor is read once
 
 
 def base_of(model: nn.Module) -> dict | None:
@@ -26,7 +26,8 @@ def base_of(model: nn.Module) -> dict | None:
     A model that was loaded with its dendrites has the name of their base.
     """
     if "dendrites_base" in vars(model):
-        return {name: value for name, value in model.dendrites_base.items() if name != "trained"}
+        known = {name: value for name, value in model.dendrites_base.items() if name != "trained"}
+        return known | {"dtype": str(model.dtype).removeprefix("torch.")}
     config = getattr(model, "config", None)
     if not (name := getattr(config, "_name_or_path", None)):
         return None
@@ -61,8 +62,11 @@ def trained_part(model: nn.Module, frozen: bool = False) -> dict[str, torch.Tens
         frozen (`bool`): Whether frozen parameters belong to it: they may be trained later.
     """
     saved = model.state_dict()
+    loaded = vars(model).get("dendrites_base", {}).get("trained", ())  # also if it is frozen now
     # Empty ones, of a single dendrite, have no gradient.
-    trained = {name: p for name, p in model.named_parameters() if frozen or p.requires_grad or not p.numel()}
+    trained = {
+        name: p for name, p in model.named_parameters() if frozen or p.requires_grad or not p.numel() or name in loaded
+    }
     weights = _has_quantized_layers(model)
     buffers = {n: b for n, b in model.named_buffers() if n in saved and not (weights and is_quantized(b) and b.ndim)}
     return trained | buffers
@@ -100,8 +104,11 @@ def fingerprint(tensor: torch.Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} {checksum:08x}"
 
 
-def fingerprints(model: nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, str]:
-    """The fingerprint of each of a model's tensors, by name."""
+def fingerprints(model: nn.Module, tensors: dict[str, torch.Tensor], fresh: bool = True) -> dict[str, str]:
+    """The fingerprint of each of a model's tensors, by name; those that are known unless `fresh`, which changes through
+    `.data` need."""
+    if fresh:
+        _known.pop(model, None)
     known, result = _known.setdefault(model, {}), {}
     for name, tensor in tensors.items():
         version = [(part.data_ptr(), part._version, part.dtype) for part in _stored(tensor)]  # changes with its values

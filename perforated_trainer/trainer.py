@@ -37,7 +37,6 @@ from .arguments import (
 )
 from .baseline import Baseline
 from .callbacks import (
-    DendriteCallback,
     DendriteProgressCallback,
     FiniteLossCallback,
     PlotCallback,
@@ -118,7 +117,7 @@ class PerforatedTrainer(ResumingTrainer):
         self.progress = DendriteProgressCallback(self.score_name, self.args.greater_is_better, patience)
         own = weakref.proxy(self)  # without a cycle of references, "del trainer" frees the model and the data loaders
         self.plot = PlotCallback(own)
-        callbacks = [self.stop_signal, SaveCallback(), FiniteLossCallback(), self.progress, DendriteCallback(own)]
+        callbacks = [self.stop_signal, SaveCallback(), FiniteLossCallback(), self.progress]
         if self._fixed:
             callbacks.insert(0, schedule.CycleEndCallback(lambda step: own._ends_cycle(step)))
         if isinstance(self.growth, Baseline):
@@ -133,14 +132,14 @@ class PerforatedTrainer(ResumingTrainer):
             return dataclasses.replace(args, overwrite_run=False, control_of=None, save_name=None)
         return args
 
-    def _new_growth(self) -> None:
+    def _new_growth(self, began: dict[str, int] | None = None) -> None:
         plan = convert.plan_dendrites(self.model, self.dendrite_args, self.args)
         self.plan_table = convert.table(self.model, self.dendrite_args, plan)
         kind = Baseline if self.dendrite_args.control_of else Growth
         more = {"from_command_line": from_command_line(self.args)} if kind is Baseline else {}
         metric, greater = self.args.metric_for_best_model, bool(self.args.greater_is_better)
         with disk_errors("the temporary files of perforatedai", self.run_dir):
-            self.growth = kind(self.model, self.dendrite_args, plan, metric, greater, **more)
+            self.growth = kind(self.model, self.dendrite_args, plan, metric, greater, began, **more)
 
     @property
     def run_dir(self) -> Path:
@@ -177,7 +176,7 @@ class PerforatedTrainer(ResumingTrainer):
         """
         resumed = is_resumed(resume_from_checkpoint)
         start = self._find_checkpoint(resume_from_checkpoint) if resumed else None
-        self._new_growth()
+        self._new_growth(None if self.state.global_step else self.growth.began)
         if isinstance(self.growth, Baseline):
             self.growth.check(self.settings())
         run_dir.acquire(
@@ -210,8 +209,6 @@ class PerforatedTrainer(ResumingTrainer):
             metrics = {"train_runtime": self.train_seconds, "train_loss": loss}
             output = TrainOutput(self.state.global_step, loss, metrics)
         else:
-            if facts:
-                self._together(lambda: checkpoint.discard_after(self.run_dir, facts["step"], say), main_only=True)
             try:
                 output = self._train(start, *args, **kwargs)
             except PerforatedError:
@@ -268,7 +265,7 @@ class PerforatedTrainer(ResumingTrainer):
 
     def _decide(self, metrics: dict[str, float]) -> None:
         """Give an evaluation to the policy, and restart with what it decides. All processes decide alike."""
-        score, lr = metrics[self.score_name], self.optimizer.param_groups[0]["lr"]
+        score, lr = metrics[self.score_name], float(self.optimizer.param_groups[0]["lr"])
         score, self.growth.unused = broadcast_object_list([float(score), self.growth.unused])
         if not math.isfinite(score):
             say(f"warning: {self.score_name} is {score} at step {self.state.global_step:,}: this evaluation is skipped")
@@ -331,6 +328,12 @@ class PerforatedTrainer(ResumingTrainer):
 
     def training_step(self, model, *args, **kwargs):
         """As in `Trainer`, with the wrapper of the network as it is now."""
+        loss = self._training_step(model, *args, **kwargs)
+        self.growth.changed()  # by the step of the optimizer that follows
+        self.growth.watch_gradients()
+        return loss
+
+    def _training_step(self, model, *args, **kwargs):
         if model is self.model_wrapped and "training" not in self._unwatched:
             return super().training_step(model, *args, **kwargs)
         with contextlib.ExitStack() as stack:
@@ -368,6 +371,9 @@ class PerforatedTrainer(ResumingTrainer):
         """As in `Trainer`; evaluations are counted in a cycle, and a stream continues where it was."""
         epochs, batches = super()._init_training_state(max_steps, num_update_steps_per_epoch, *args, **kwargs)
         resumed = self.state.global_step > 0
+        if resumed:  # only now all of the checkpoint is loaded
+            step = self.state.global_step
+            self._together(lambda: checkpoint.discard_after(self.run_dir, step, say), main_only=True)
         if self._fixed and not resumed:
             self.state.compute_steps(self.args, self._steps_of_schedule)
         if resumed and self._is_stream and not self.args.ignore_data_skip:
@@ -471,7 +477,8 @@ class PerforatedTrainer(ResumingTrainer):
             self.refuse_metric(metrics)
         if not skip_scheduler:  # not on an evaluation before the first step, --eval_on_start
             self._decide(metrics)
-            self.progress.show(self.args, self.state, self.growth.policy, self.num_dendrites)
+            if self.progress in self._callbacks():  # a caller may have removed it
+                self.progress.show(self.args, self.state, self.growth.policy, self.num_dendrites)
         return metrics
 
     def _determine_best_metric(self, metrics, trial):

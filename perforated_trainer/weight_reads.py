@@ -160,7 +160,8 @@ def _classes(module: str) -> dict[str, ast.ClassDef]:
 def watch_reads(model: nn.Module, names: list[str]) -> Iterator[dict[str, bool]]:
     """Watch one pass: which of the layers have their weights read although nothing calls them.
 
-    What no source shows: a weight that is read through another name, or in a class whose source is not available.
+    What no source shows: a weight that is read through another name, or in a class whose source is not available. A
+    layer that nothing has called, and whose weight has a gradient, was read, too.
 
     Args:
         model (`nn.Module`): Its layers get another class for the time of a `with` block.
@@ -184,6 +185,10 @@ def watch_reads(model: nn.Module, names: list[str]) -> Iterator[dict[str, bool]]
         for module, cls in before.items():
             module.__class__ = cls
             rebind_forward(module)
+        for name in names:
+            module = model.get_submodule(name)
+            if module in before and name not in called and module._parameters["weight"].grad is not None:
+                found[name] = False
         found.update({name: name in called for name in found})
 
 
@@ -202,5 +207,10 @@ def _watched(cls, name, found, called, inside):
         finally:
             inside.pop()
 
-    watched = type(cls.__name__, (cls,), {"__getattr__": __getattr__, "forward": forward, "__module__": cls.__module__})
+    def __reduce_ex__(self, protocol):  # a copy that is made in the meantime is of the layer's own class
+        reduced = cls.__reduce_ex__(self, protocol)
+        return reduced[0], tuple(cls if part is watched else part for part in reduced[1]), *reduced[2:]
+
+    names = {"__getattr__": __getattr__, "forward": forward, "__reduce_ex__": __reduce_ex__}
+    watched = type(cls.__name__, (cls,), names | {"__module__": cls.__module__})
     return watched

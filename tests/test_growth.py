@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from models import build, rows
-from small import DISTILBERT, EVAL, TWO_DENDRITES, arguments, kept, losses, scripted, trainer_for
+from small import DISTILBERT, EVAL, TWO_DENDRITES, arguments, kept, losses, scores_left, scripted, trainer_for
 from torch import nn
 from torch.nn.utils.prune import l1_unstructured as prune_weights
 from transformers import TrainerCallback
@@ -501,3 +501,130 @@ def test_learning_rate_factor_scales_the_rates_of_the_scheduler():
         assert rates[restart + 1] == pytest.approx(0.25 * rates[1]) and rates[restart + 2] == pytest.approx(
             0.25 * rates[2]
         )
+
+
+# --------------------------------------------------------------------------------------- a model that has dendrites
+
+
+@pytest.mark.parametrize("scores, best", [(TWO_DENDRITES, 0.3), ([0.9, *[0.1] * 8], 0.9)])
+def test_dendrites_that_were_there_stay_in_layers_that_are_not_trained(scores, best):
+    trainer, _ = scripted(TWO_DENDRITES, dendrites={"dendrite_init_scale": 1.0}, learning_rate=5e-2)
+    trainer.train()
+    model = trainer.model
+    model.distilbert.requires_grad_(False)
+    before = {name: layer.num_dendrites for name, layer in layers_with_dendrites(model.distilbert).items()}
+    ids = torch.stack([row["input_ids"] for row in EVAL])
+    expected = model.distilbert.eval()(ids)[0]
+    settings = {"max_dendrites": 3, "module_ids_to_track": ["pre_classifier"]}
+    trainer, script = scripted(scores, model, settings, output_dir="second", save_strategy="steps")
+    trainer.train()
+    assert {name: layer.num_dendrites for name, layer in layers_with_dendrites(model.distilbert).items()} == before
+    assert torch.equal(model.distilbert.eval()(ids)[0], expected) and kept(trainer, script) == [best]
+    # The layer that is left out has dendrites too: the run can be resumed.
+    again, _ = scripted(scores, model, settings, output_dir="second", save_strategy="steps")
+    again.train(resume_from_checkpoint="second/checkpoint-4")
+
+
+class Stop(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 7:
+            raise KeyError("of the user")
+
+
+@pytest.mark.parametrize("same_trainer", [True, False])
+def test_run_resumed_on_the_same_model_adds_as_many_dendrites(same_trainer):
+    expected, _ = scripted(TWO_DENDRITES)
+    expected.train()
+    trainer, script = scripted(TWO_DENDRITES, more={"callbacks": [Stop]}, save_strategy="steps", output_dir="stopped")
+    with pytest.raises(KeyError, match="of the user"):
+        trainer.train()
+    script.seen.pop() if len(script.seen) > 3 else None
+    left = scores_left(TWO_DENDRITES, trainer)
+    if same_trainer:
+        trainer.remove_callback(Stop)
+        script.scores, script.seen = left, []
+    else:
+        trainer, _ = scripted(left, trainer.model, save_strategy="steps", output_dir="stopped")
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.restarts == expected.restarts and trainer.num_dendrites == expected.num_dendrites == 2
+
+
+def test_callbacks_of_the_run_can_be_removed():
+    trainer, script = scripted([0.9, 0.3, 0.2, 0.1], dendrites={"doing_pai": False}, learning_rate=1e-2)
+    trainer.remove_callback(trainer.progress)
+    trainer.train()
+    assert kept(trainer, script) == [0.9]
+
+
+def test_learning_rate_that_is_a_tensor_is_recorded():
+    trainer, _ = scripted(TWO_DENDRITES, max_steps=4, save_strategy="steps", optim="adamw_torch_8bit")
+    trainer.train()
+    assert json.loads(Path("run/checkpoint-4/dendrite_state.json").read_text())["scores"][0][4] == pytest.approx(1e-3)
+
+
+class Copying(PerforatedTrainer):
+    def compute_loss(self, model, *args, **kwargs):
+        if not hasattr(self, "reference"):
+            self.reference = copy.deepcopy(self.model)
+        return super().compute_loss(model, *args, **kwargs)
+
+
+def test_copy_made_in_the_first_step_has_the_layers_own_classes():
+    trainer, _ = scripted(TWO_DENDRITES, cls=Copying)
+    trainer.train()
+    assert type(trainer.reference.classifier) is nn.Linear
+    pickle.loads(pickle.dumps(trainer.reference))
+
+
+class Unpacked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.read, self.called = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x):
+        return self.called(torch.tanh(nn.functional.linear(x, *self.read.parameters())))
+
+
+def test_layer_whose_parameters_are_unpacked_gets_no_dendrites(capsys):
+    trainer, _ = scripted(TWO_DENDRITES, model := model_of(Unpacked))
+    trainer.train()
+    assert not any("read" in name for name in layers_with_dendrites(model))
+    assert "the model reads the weights of body.read instead of calling it" in capsys.readouterr().out
+
+
+class Counting(nn.Linear):
+    def get_extra_state(self):
+        return {"count": 1}
+
+    def set_extra_state(self, state):
+        pass
+
+
+class Named(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.dendrite_encoder = nn.Linear(16, 16)
+
+    def forward(self, x):
+        return self.dendrite_encoder(x)
+
+
+@pytest.mark.parametrize(
+    "make, settings, message",
+    [
+        (lambda: model_of(lambda: Counting(16, 16)), {}, "body has a state that is no tensor"),
+        (lambda: model_of(Named), {}, "body.dendrite_encoder.weight: names that begin with"),
+        (lambda: build(DISTILBERT), {"module_names_to_perforate": ["Dropout"]}, "a Dropout, has no weights"),
+    ],
+)
+def test_modules_that_cannot_work_raise_at_the_start(make, settings, message):
+    with pytest.raises(PerforatedError, match=message):
+        scripted(TWO_DENDRITES, make(), settings)
+
+
+def test_pruned_dendrites_raise_at_the_start():
+    trainer, _ = scripted(TWO_DENDRITES)
+    trainer.train()
+    prune_weights(trainer.model.classifier, "dendrite_weight", 0.5)
+    with pytest.raises(PerforatedError, match="dendrites of classifier are pruned or normalized"):
+        scripted(TWO_DENDRITES, trainer.model, output_dir="second")

@@ -309,3 +309,23 @@ def test_config_names_the_rank(pretrained):
     with open("saved/config.json") as file:
         saved = json.load(file)["quantization_config"]["layers"]
     assert saved["distilbert.transformer.layer.0.ffn.lin1"] == {"dendrites": 1, "rank": 2}
+
+
+@pytest.mark.parametrize("transform", ["grad", "vmap", "jvp"])
+def test_transforms_of_torch_func_equal_those_of_the_formula(transform):
+    layer, x = grown("linear", 2)
+    values = dict(layer.named_parameters())
+
+    def output(values, x):
+        return torch.func.functional_call(layer, values, (x,))
+
+    if transform == "grad":
+        found = torch.func.grad(lambda values: output(values, x).square().sum())(values)
+        expected = torch.autograd.grad(layer(x).square().sum(), list(values.values()))
+        torch.testing.assert_close(list(found.values()), list(expected))
+    elif transform == "vmap":
+        torch.testing.assert_close(torch.func.vmap(lambda x: output(values, x))(x), layer(x))
+    else:
+        _, tangent = torch.func.jvp(lambda x: output(values, x), (x,), (torch.ones_like(x),))
+        step = 1e-3 * torch.ones_like(x)
+        torch.testing.assert_close(tangent, (layer(x + step) - layer(x - step)) / 2e-3, atol=1e-2, rtol=1e-2)

@@ -286,3 +286,16 @@ def test_summary_of_a_baseline_holds_the_comparison():
 def test_table_has_a_column_for_each_key_of_any_row():
     lines = report.table([{"a": 1}, {"a": 2000, "b": math.pi}]).split("\n")
     assert [line.split() for line in lines] == [["a", "b"], ["1"], ["2,000", "3.1416"]]
+
+
+@pytest.mark.parametrize(
+    "name, reported",
+    [
+        ("eval_survival_time", True),
+        ("eval_a_runtime", False),
+        ("eval_runtime", False),
+        ("test_steps_per_second", False),
+    ],
+)
+def test_durations_are_not_reported_and_metrics_of_times_are(name, reported):
+    assert report.is_reported(name, "eval_accuracy") is reported

@@ -1,5 +1,6 @@
 """Dendrites with a frozen base: saved without the base, loaded onto it, on a quantized base, and resumed."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -9,6 +10,9 @@ from pathlib import Path
 import models
 import pytest
 import torch
+import transformers
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from transformers import (
@@ -20,7 +24,7 @@ from transformers import (
 )
 
 import perforated_trainer
-from perforated_trainer import DendriteArguments, PerforatedError, PerforatedTrainer, load_dendrites, sharing
+from perforated_trainer import DendriteArguments, PerforatedError, PerforatedTrainer, layers, load_dendrites, sharing
 
 NAME = "DistilBertForSequenceClassification"
 ROWS = models.rows(NAME)
@@ -334,3 +338,122 @@ def test_fingerprints_are_read_again_after_a_change_in_place():
         model.weight += 1
     second = sharing.fingerprints(model, model.state_dict())
     assert first["weight"] != second["weight"] and first["bias"] == second["bias"]
+
+
+def test_what_was_trained_is_saved_also_if_it_is_frozen_now():
+    run = trained()
+    run.save_model("only", dendrites_only=True)
+    loaded = load_dendrites(base(), "only").requires_grad_(False)
+    loaded.save_pretrained("again", dendrites_only=True)
+    assert torch.equal(logits(load_dendrites(base(), "again")), logits(run.model))
+    run.model.requires_grad_(False)
+    with pytest.raises(PerforatedError, match="is frozen, and what is frozen is not saved"):
+        run.save_model("frozen", dendrites_only=True)
+    with pytest.raises(ValueError, match="this DistilBertForSequenceClassification has no dendrites"):
+        base().save_pretrained("none", dendrites_only=True)
+    with pytest.raises(ValueError, match="does not upload them"):
+        loaded.save_pretrained("pushed", dendrites_only=True, push_to_hub=True)
+    loaded.save_pretrained("other process", dendrites_only=True, is_main_process=False)
+    assert not Path("other process").exists()
+
+
+def test_base_that_was_changed_through_data_is_not_taken_for_the_old_one():
+    run = trained()
+    run.save_model("first", dendrites_only=True)
+    run.model.distilbert.embeddings.word_embeddings.weight.data.mul_(3)
+    run.save_model("second", dendrites_only=True)
+    with pytest.raises(ValueError, match=r"word_embeddings\.weight has other values"):
+        load_dendrites(base(), "second")
+
+
+def test_dendrites_in_another_dtype_name_that_dtype():
+    trained().save_model("only", dendrites_only=True)
+    half = DistilBertForSequenceClassification.from_pretrained("only", dtype=torch.bfloat16)
+    half.save_pretrained("half", dendrites_only=True)
+    loaded = DistilBertForSequenceClassification.from_pretrained("half")
+    assert loaded.dtype == torch.bfloat16 and torch.equal(logits(loaded), logits(half))
+
+
+def test_head_that_dendrites_do_not_hold_is_reported_as_missing():
+    trained().save_model("only", dendrites_only=True)
+    loaded, info = transformers.DistilBertForQuestionAnswering.from_pretrained("only", output_loading_info=True)
+    assert info["missing_keys"] == {"qa_outputs.weight", "qa_outputs.bias"}
+    assert {
+        name for name, p in loaded.named_parameters() if name not in info["missing_keys"] and p.isnan().any()
+    } == set()
+
+
+@pytest.mark.parametrize("left", [{"score": "classifier.weight"}, {"metadata": None}, {"base": None}])
+def test_dendrites_that_lost_a_part_are_refused(left):
+    trained().save_model("only", dendrites_only=True)
+    file, expected = Path("only/model.dendrites.safetensors"), {"score": "classifier.weight is missing"}
+    with safe_open(file, framework="pt") as weights:
+        metadata, tensors = weights.metadata(), {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118
+    if "score" in left:
+        del tensors[left["score"]]
+    save_file(tensors, file, None if "metadata" in left else metadata)
+    if "base" in left:
+        config = json.loads(Path("only/config.json").read_text())
+        del config["quantization_config"]["base"]
+        Path("only/config.json").write_text(json.dumps(config))
+    expected |= {"metadata": "has lost its metadata", "base": "does not name the base"}
+    with pytest.raises(ValueError, match=expected[next(iter(left))]):
+        DistilBertForSequenceClassification.from_pretrained("only")
+    if "base" not in left:
+        model = base()
+        with pytest.raises(ValueError, match=expected[next(iter(left))]):
+            load_dendrites(model, "only")
+        assert not layers.layers_with_dendrites(model)
+
+
+def test_refused_dendrites_leave_the_base_as_it_was():
+    trained().save_model("only", dendrites_only=True)
+    file = Path("only/model.dendrites.safetensors")
+    with safe_open(file, framework="pt") as weights:
+        metadata, tensors = weights.metadata(), {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118
+    del tensors["distilbert.transformer.layer.0.ffn.lin2.dendrite_up"]
+    save_file(tensors, file, metadata)
+    model = base()
+    before = logits(model)
+    with pytest.raises(ValueError, match=r"lin2\.dendrite_up is missing"):
+        load_dendrites(model, "only")
+    assert not layers.layers_with_dendrites(model) and torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"dendrite_activation": "sigmoid"}, "its dendrites have another activation: set dendrite_activation tanh"),
+        ({"dendrite_rank": 3}, "has the shape"),
+    ],
+)
+def test_refused_resume_keeps_the_later_checkpoints(changes, message):
+    trained()
+    before = sorted(Path("run").iterdir())
+    with pytest.raises(PerforatedError, match=message):
+        trainer(base(), **changes).train(resume_from_checkpoint="run/checkpoint-6")
+    assert sorted(Path("run").iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"modules_to_train": [".*"]}, "modules_to_train: no layer is left for dendrites"),
+        ({"join_normalization": True}, "join_normalization does not go with dendrite_rank"),
+        ({"num_initial_dendrites": 3, "max_parameters": 10_000}, "with 3 dendrites more, which does not fit"),
+        ({"dendrite_init_scale": 0.0}, "it must be a number above 0"),
+    ],
+)
+def test_arguments_that_cannot_work_raise_before_a_step(changes, message):
+    model = base()
+    with pytest.raises(PerforatedError, match=message):
+        trainer(model, **changes)
+    assert not layers.layers_with_dendrites(model)
+
+
+def test_default_activation_follows_the_rank():
+    changed = dataclasses.replace(DendriteArguments(), dendrite_rank=2.0)
+    assert changed.activation == "tanh" and DendriteArguments().activation == "sigmoid"
+    assert dataclasses.replace(changed, dendrite_rank=None).activation == "sigmoid"
+    run = trainer(base(), dendrite_rank=2.0, max_dendrites=2.0)
+    assert run.settings()["dendrite_activation"] == "tanh" and run.dendrite_args.max_dendrites == 2
