@@ -127,6 +127,14 @@ def plan_dendrites(model: nn.Module, dendrite_args: DendriteArguments, training_
             raise PerforatedError(f"{name} has dendrites of {needed}")
     _check_quantized(model, args)
     plan = _choose(model, args)
+    for name in plan.names:
+        layer = model.get_submodule(name)
+        own = {"dendrite_to_output", "dendrite_down" if args.dendrite_rank else "dendrite_weight"}
+        if layers.has_dendrites(layer) and not hasattr(layer, "dendrites") and not own <= layer._parameters.keys():
+            raise PerforatedError(
+                f"the dendrites of {name} are pruned or normalized and cannot be trained on: make that permanent "
+                "before, as with torch.nn.utils.prune.remove"
+            )
     initial = args.doing_pai and args.num_initial_dendrites and plan.names
     if initial and not args.dendrite_rank:
         _check_outputs_known(model, plan)
@@ -158,14 +166,6 @@ def _check_outputs_known(model: nn.Module, plan: Plan) -> None:
 def _check_state(model: nn.Module) -> None:
     """Refuse modules whose state a run could not tell from dendrites, or not bring back with the best weights."""
     grown = layers.layers_with_dendrites(model)
-    for name, layer in grown.items():
-        if not isinstance(layer._parameters.get("dendrite_to_output"), nn.Parameter) or not (
-            hasattr(layer, "dendrites") or {"dendrite_weight", "dendrite_down"} & layer._parameters.keys()
-        ):
-            raise PerforatedError(
-                f"the dendrites of {name} are pruned or normalized and cannot be trained on: make that permanent "
-                "before, as with torch.nn.utils.prune.remove"
-            )
     for name, module in model.named_modules(remove_duplicate=False):
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             raise PerforatedError(

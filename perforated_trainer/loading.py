@@ -164,12 +164,31 @@ class DendriteQuantizer(HfQuantizer):
             _check_loadable(base)
             self._base = _read_base(checkpoint_files[0]) if checkpoint_files else {}
         partial = bool(self._architectures) and type(model).__name__ not in self._architectures
+        if partial and saved:
+            self._check_renamed(model, saved)
         self.quantization_config.build(model, saved, partial)
         if self._base is not None:
             self._expect_base(model, saved or {})
         self._shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
         if saved is not None:
             check_dendrites(model, saved, partial)
+
+    def _check_renamed(self, model, saved):
+        """Raise ValueError if a layer has another first name in the model than in the files, as with `key_mapping`:
+        transformers would load its weights, and its dendrites would be left out."""
+        prefix = f"{getattr(model, 'base_model_prefix', '')}."
+        modules, held = {}, {name.removeprefix(prefix).rpartition(".")[0] for name in saved}
+        for name, _ in model.named_modules():
+            modules.setdefault(name.partition(".")[2], []).append(name)
+        bare = {name.removeprefix(prefix) for names in modules.values() for name in names}
+        for layer in self.quantization_config.layers:
+            found = modules.get(layer.partition(".")[2], []) if "." in layer else []
+            if layer.removeprefix(prefix) in bare or not found or held & {name.removeprefix(prefix) for name in found}:
+                continue
+            raise ValueError(
+                f"the dendrites of {layer} have that name in the folder, and the layer is {found[0]} in a "
+                f"{type(model).__name__}: key_mapping does not rename dendrites"
+            )
 
     def _expect_base(self, model, saved):
         """Let transformers miss what neither the files nor the base hold, but not the base, which is loaded later."""

@@ -13,15 +13,16 @@ MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
 # Packages that only one module may import.
 ALONE = {"perforatedai": "pai", "matplotlib": "plot"}
 # Copies of these are saved with models: they import no other module of the package.
-SAVED_WITH_MODELS = ["layers", "loading", "sharing"]
+SAVED_WITH_MODELS = ["formula", "layers", "loading", "sharing"]
 STANDARD_LIBRARY_ONLY = ["policy", "checkpoint"]  # and other modules of the package
 # Private methods of other libraries that are overridden or called on self, which is how those are extended.
 # `test_compat.py` checks each of them.
 HOOKS = {
     "trainer": set(  # of transformers.Trainer
         "_determine_best_metric _evaluate _finalize_training _init_training_state _load_best_model "
-        "_load_from_checkpoint _prepare_for_training _save_checkpoint _train_batch_size _wrap_model".split()
+        "_load_from_checkpoint _prepare_for_training _train_batch_size _wrap_model".split()
     ),
+    "resuming": {"_load_from_checkpoint", "_save_checkpoint"},
     "export": {"_push_from_checkpoint", "_save"},  # of transformers.Trainer
     "loading": set(  # of transformers.quantizers.HfQuantizer
         "_process_model_after_weight_loading _process_model_before_weight_loading".split()
@@ -30,7 +31,8 @@ HOOKS = {
 # Private names of other libraries outside of `_compat` and `pai`; each has its reason next to it in the code.
 PRIVATE = {
     "layers": {"_old_forward"},
-    "loading": {"_keys_to_ignore_on_load_missing", "_keys_to_ignore_on_save"},
+    "loading": {"_keys_to_ignore_on_load_missing"},
+    "modules": {"_keys_to_ignore_on_save"},
     "remote_code": {"_model_mapping"},
     "sharing": {"_commit_hash", "_name_or_path", "_version"},
 }

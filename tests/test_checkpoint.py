@@ -63,7 +63,7 @@ def test_check_without_manifest_is_unfinished(tmp_path):
         checkpoint.check(tmp_path / "checkpoint-4")
 
 
-@pytest.mark.parametrize(("written", "age"), [(None, "an older"), (1, "an older"), (3, "an older"), (5, "a newer")])
+@pytest.mark.parametrize(("written", "age"), [(None, "an older"), (1, "an older"), (4, "an older"), (6, "a newer")])
 def test_find_other_format_raises(written, age, tmp_path):
     """It is not skipped: the run would start from the beginning."""
     manifest = write(tmp_path, 2) / "perforated.json"
