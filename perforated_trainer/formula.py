@@ -146,15 +146,18 @@ def _blocks(hidden, up, bias, between, shape, activation, slope=True):
     (rows, neurons), number, pairs = shape, len(up), between.unbind()
     step = max(1, _BLOCK // (neurons * number)) if hidden.device.type == "cpu" else max(1, rows)
     hidden, bias = hidden.view(number, len(hidden) // number, rows), bias.unsqueeze(1)
+    # For single precision on a CPU, tanh(z) as 2 sigmoid(2 z) - 1 takes a fifth of the time; its error is 1e-7.
+    by_sigmoid = activation is torch.tanh and hidden.dtype is torch.float32 and hidden.device.type == "cpu"
+    scale, minus_one = 2 if by_sigmoid else 1, hidden.new_full((), -1)
     for start in range(0, max(1, rows), step):  # also of no rows, as an expert has that no token is routed to
         block, graphs = slice(start, start + step), []
         part = hidden[:, :, block]
-        values = torch.baddbmm(bias, part.transpose(1, 2), up)
+        values = torch.baddbmm(bias, part.transpose(1, 2), up, beta=scale, alpha=scale)
         each = values.unbind()
         for i, total in enumerate(each):
             first = i * (i - 1) // 2
             for j in range(i):
-                total.addcmul_(pairs[first + j], each[j])
+                total.addcmul_(pairs[first + j], each[j], value=scale)
             if not slope:
                 with torch.enable_grad():
                     total = total.clone().requires_grad_()
@@ -163,9 +166,8 @@ def _blocks(hidden, up, bias, between, shape, activation, slope=True):
             elif activation is torch.sigmoid:
                 total.sigmoid_()
                 continue
-            elif activation is torch.tanh and total.dtype is torch.float32 and total.device.type == "cpu":
-                # 2 sigmoid(2 x) - 1 takes a fifth of the time there; its error is 1e-7
-                total.mul_(2).sigmoid_().mul_(2).sub_(1)
+            elif by_sigmoid:
+                torch.add(minus_one, total.sigmoid_(), alpha=2, out=total)
                 continue
             else:
                 total = activation(total)

@@ -51,11 +51,10 @@ def quick_start():
     return re.search(r"start:quickstart\] -->\n```python\n(.*?)```", text_of(README), re.DOTALL)[1]
 
 
-def run_quick_start(folder, python=sys.executable, path=str(ROOT)):
+def run_quick_start(folder, python):
     """Run the code of the quick start in an empty folder without a network, and load the saved model."""
     folder.mkdir()
     environment = {"PATH": str(Path(python).parent), "HOME": str(folder), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    environment |= {"PYTHONPATH": path} if path else {}
     (load,) = re.findall(r"`(\w+\.from_pretrained\(\"quickstart/final\"\))`", text_of(README).replace("\n", " "))
     load = f"import perforated_trainer\nfrom transformers import {load.split('.')[0]}\nprint('loaded', {load}.dtype)"
     for code in (quick_start(), load):
@@ -66,10 +65,18 @@ def run_quick_start(folder, python=sys.executable, path=str(ROOT)):
 
 
 @pytest.fixture(scope="module")
-def quick_start_run(tmp_path_factory):
-    """Folder and output of a quick start."""
-    folder = tmp_path_factory.mktemp("quickstart") / "empty"
-    return folder, list(run_quick_start(folder))
+def quick_start_run(wheel, tmp_path_factory):
+    """Folder and output of a quick start in an environment where the package is installed, without a clone."""
+    folder = tmp_path_factory.mktemp("quickstart")
+    environment = folder / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
+    python, code = environment / "bin" / "python", "import sysconfig; print(sysconfig.get_path('purelib'))"
+    where = subprocess.run([python, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
+    target = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", where]
+    subprocess.run([*target, wheel], check=True, capture_output=True)
+    packages = [path for path in sys.path if path.endswith("site-packages")]
+    Path(where, "of_the_tests.pth").write_text("\n".join(packages))  # torch, transformers and perforatedai
+    return folder / "empty", list(run_quick_start(folder / "empty", str(python)))
 
 
 def test_quick_start_has_about_25_lines():
@@ -84,25 +91,6 @@ def test_quick_start_in_empty_folder_saves_model_that_loads(quick_start_run):
     assert results["stopped_by"] == "tracker"
     assert results["cycles"][-1]["dendrites"] > 0  # whether one is kept depends on rounding
     assert results["final"]["test_accuracy"] > 0.9
-
-
-@pytest.mark.slow
-def test_quick_start_with_installed_wheel_needs_no_clone(wheel, tmp_path):
-    environment = tmp_path / "venv"
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
-    python = environment / "bin" / "python"
-    where = subprocess.run(
-        [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout.strip()
-    target = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", where]
-    subprocess.run([*target, wheel], check=True, capture_output=True)
-    packages = [path for path in sys.path if path.endswith("site-packages")]
-    Path(where, "of_the_tests.pth").write_text("\n".join(packages))  # torch, transformers and perforatedai
-    printed, loaded = run_quick_start(tmp_path / "empty", str(python), path="")
-    assert "model: quickstart/final" in printed and loaded.startswith("loaded")
 
 
 def test_argument_table_of_front_page_has_defaults_of_dataclass():
