@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import nn
 from transformers import TrainerCallback
 
-from . import convert, run_dir
+from . import run_dir
 from .arguments import DendriteArguments, PerforatedError
 from .growth import Growth
 from .policy import Decision
@@ -37,7 +37,7 @@ class Baseline(Growth):
     """Takes the place of `Growth`: a restart when the run had one, without a change of the network.
 
     Args:
-        model, args, plan, metric, greater_is_better, began: As for `Growth`; `args.control_of` is the run's folder.
+        model, args, others: As for `Growth`; `args.control_of` is the folder of the run.
         from_command_line (`bool`): Whether messages name flags.
 
     Attributes:
@@ -50,23 +50,14 @@ class Baseline(Growth):
 
     same_network = True
 
-    def __init__(
-        self,
-        model: nn.Module,
-        args: DendriteArguments,
-        plan: convert.Plan,
-        metric: str,
-        greater_is_better: bool,
-        began: dict[str, int] | None = None,
-        from_command_line: bool = False,
-    ):
+    def __init__(self, model: nn.Module, args: DendriteArguments, *others, from_command_line: bool = False):
         self.run_dir = Path(args.control_of)
         self.results = run_dir.results_of(self.run_dir, from_command_line)
         self.restarts, self.last_step = self.results["restarts"], self.results["global_step"]
         evaluates = self.results.get("last_evaluation", self.last_step) == self.last_step
         self.callback = StopWithRunCallback(self.last_step, evaluates)
         own = dataclasses.replace(args, doing_pai=False, switch_mode="fixed")  # its policy ends no cycle by itself
-        super().__init__(model, own, plan, metric, greater_is_better, began)
+        super().__init__(model, own, *others)
 
     def _library(self):
         return None

@@ -75,17 +75,13 @@ class Growth:
         # Layers that no training step has used so far. One that is frozen has no gradient that tells, its dendrites do.
         self.unused = {name for name in plan.names if self._parameters(name)}
 
-    @property
-    def _num_initial(self) -> int:
-        before = max(self.began.values(), default=0)
-        return max(self.args.num_initial_dendrites - before, 0) if self.args.doing_pai else 0
-
     def _new_policy(self) -> Policy:
-        args, before = self.args, max(self.began.values(), default=0)
+        args = self.args
+        at_start = max(args.num_initial_dendrites if args.doing_pai else 0, *self.began.values(), 0)
         return Policy(
             greater_is_better=self._greater_is_better,
             n_epochs_to_switch=args.n_epochs_to_switch,
-            max_dendrites=max(args.max_dendrites - before - self._num_initial, 0),
+            max_dendrites=max(args.max_dendrites - at_start, 0),
             max_dendrite_tries=args.max_dendrite_tries,
             history_lookback=args.history_lookback,
             improvement_threshold=args.improvement_threshold,
