@@ -144,20 +144,22 @@ class Texts:
         model (`str`): Folder or Hub name of a BERT and its tokenizer.
         test (`int`): Number of texts in the test set.
         validation (`int`): Number of texts in the validation set.
+        device (`torch.device`): Where hidden states are computed and models are trained.
     """
 
-    def __init__(self, path: Path, model: str, test: int, validation: int):
+    def __init__(self, path: Path, model: str, test: int, validation: int, device: torch.device):
         from transformers import AutoModel, AutoTokenizer
 
         content = path.read_bytes()
         lines = (gzip.decompress(content) if path.suffix == ".gz" else content).decode()
         _, *rows = csv.reader(lines.splitlines())
         names = sorted({row[0] for row in rows})
-        self._states = {}
+        self._states, self.device = {}, device
         self.labels, self.num_labels = torch.tensor([names.index(row[0]) for row in rows]), len(names)
         self.ids = AutoTokenizer.from_pretrained(model)([row[1] for row in rows], truncation=True)["input_ids"]
         self.lengths = torch.tensor([len(ids) for ids in self.ids])
-        self.encoder = AutoModel.from_pretrained(model, attn_implementation="sdpa").eval()
+        self._first = self.lengths.cumsum(0) - self.lengths  # row of `states` at which a text begins
+        self.encoder = AutoModel.from_pretrained(model, attn_implementation="sdpa").eval().to(device)
         if not hasattr(getattr(self.encoder, "encoder", None), "layer") or not hasattr(self.encoder, "embeddings"):
             raise SystemExit(f"--model {model}: a BERT is needed, not a {type(self.encoder).__name__}")
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))  # independent of the seed
@@ -173,31 +175,48 @@ class Texts:
         return self._pool[order[:number]]
 
     @torch.no_grad()
-    def states(self, blocks: int) -> list[torch.Tensor]:
-        """The hidden states of each text at the input of the last `blocks` blocks, computed once."""
+    def states(self, blocks: int) -> torch.Tensor:
+        """The hidden states at the input of the last `blocks` blocks, computed once.
+
+        One row per token, the texts one after the other, and a last row of zeros for `batch`.
+        """
         if blocks in self._states:
             return self._states[blocks]
-        layers, states = self.encoder.encoder.layer, [None] * len(self.ids)
+        layers = self.encoder.encoder.layer
         known = min((number for number in self._states if number > blocks), default=None)
         first = 0 if known is None else len(layers) - known
+        states = torch.zeros(int(self.lengths.sum()) + 1, self.encoder.config.hidden_size, device=self.device)
         for indices in self.lengths.argsort().split(EVAL_BATCH):
             if known is None:
                 hidden = pad_sequence([torch.tensor(self.ids[i]) for i in indices], batch_first=True)
-                hidden = self.encoder.embeddings(input_ids=hidden)
+                hidden = self.encoder.embeddings(input_ids=hidden.to(self.device))
             else:
-                hidden = pad_sequence([self._states[known][i] for i in indices], batch_first=True)
+                hidden = self.batch(self._states[known], indices)
             for layer in layers[first : len(layers) - blocks]:
-                hidden = _output(layer(hidden, _mask(self.lengths[indices])))
-            for i, values in zip(indices.tolist(), hidden, strict=True):
-                states[i] = values[: self.lengths[i]].clone()
+                hidden = _output(layer(hidden, _mask(self.lengths[indices], self.device)))
+            inside = _inside(self.lengths[indices])
+            states[self._rows(indices)[inside].to(self.device)] = hidden[inside.to(self.device)]
         self._states[blocks] = states
         return states
 
+    def batch(self, states: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        """Padded hidden states of some texts: `(texts, tokens, hidden size)`."""
+        rows = self._rows(indices).where(_inside(self.lengths[indices]), len(states) - 1)
+        return states[rows.to(self.device)]
 
-def _mask(lengths: torch.Tensor) -> torch.Tensor | None:
+    def _rows(self, indices: torch.Tensor) -> torch.Tensor:
+        return self._first[indices, None] + torch.arange(self.lengths[indices].max())
+
+
+def _inside(lengths: torch.Tensor) -> torch.Tensor:
+    """Which positions of padded texts are tokens: `(texts, tokens)`."""
+    return torch.arange(lengths.max()) < lengths[:, None]
+
+
+def _mask(lengths: torch.Tensor, device: torch.device) -> torch.Tensor | None:
     """Additive attention mask; None if no text is padded."""
-    padding = torch.arange(lengths.max()) >= lengths[:, None]
-    return padding[:, None, None] * torch.finfo(torch.float32).min if padding.any() else None
+    padding = ~_inside(lengths)
+    return (padding[:, None, None] * torch.finfo(torch.float32).min).to(device) if padding.any() else None
 
 
 def _output(output) -> torch.Tensor:
@@ -229,11 +248,11 @@ class Classifier(nn.Module):
         self.head = nn.Linear(encoder.config.hidden_size, num_labels)
 
     def forward(self, hidden: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        mask = _mask(lengths)
+        mask = _mask(lengths, hidden.device)
         for block in self.blocks:
             hidden = _output(block(hidden, mask))
-        inside = (torch.arange(hidden.shape[1]) < lengths[:, None])[..., None]
-        return self.head(self.dropout((hidden * inside).sum(1) / lengths[:, None]))
+        inside = _inside(lengths)[..., None].to(hidden.device)
+        return self.head(self.dropout((hidden * inside).sum(1) / lengths[:, None].to(hidden.device)))
 
 
 def adapt(model: Classifier, row: Row, rank: int, settings: dict):
@@ -287,8 +306,7 @@ def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def logits_of(model, texts, states, indices):
-    hidden = pad_sequence([states[i] for i in indices.tolist()], batch_first=True)
-    return model(hidden, texts.lengths[indices])
+    return model(texts.batch(states, indices), texts.lengths[indices])
 
 
 def train_once(model, growth, texts, states, train, settings, generator) -> None:
@@ -305,7 +323,8 @@ def train_once(model, growth, texts, states, train, settings, generator) -> None
     )
     model.train()
     for indices in order:
-        F.cross_entropy(logits_of(model, texts, states, indices), texts.labels[indices]).backward()
+        labels = texts.labels[indices].to(texts.device)
+        F.cross_entropy(logits_of(model, texts, states, indices), labels).backward()
         if growth:
             growth.watch_gradients()
         nn.utils.clip_grad_norm_(own + others, 1.0)
@@ -320,7 +339,7 @@ def evaluate(model, texts, states, indices) -> tuple[torch.Tensor, float]:
     model.eval()
     correct, loss = torch.zeros(len(indices), dtype=torch.bool), 0.0
     for part in texts.lengths[indices].argsort(stable=True).split(EVAL_BATCH):
-        logits, labels = logits_of(model, texts, states, indices[part]), texts.labels[indices[part]]
+        logits, labels = logits_of(model, texts, states, indices[part]).cpu(), texts.labels[indices[part]]
         correct[part] = logits.argmax(1) == labels
         loss += F.cross_entropy(logits, labels, reduction="sum").item()
     return correct, loss / len(indices)
@@ -342,7 +361,7 @@ def training_memory(model, texts, states, train) -> float:
     model.train()
     longest = train[texts.lengths[train].argsort(stable=True)[-BATCH:]]
     with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
-        loss = F.cross_entropy(logits_of(model, texts, states, longest), texts.labels[longest])
+        loss = F.cross_entropy(logits_of(model, texts, states, longest), texts.labels[longest].to(texts.device))
     del loss
     trained = sum(p.numel() * p.element_size() for p in trained_parameters(model))
     return (4 * trained + sum(storage.nbytes() for storage in saved.values())) / 2**20
@@ -365,7 +384,7 @@ def run(job: dict, texts: Texts, cycles: int | None = None) -> dict:
     states, train = texts.states(job["blocks"]), texts.train(job["train_texts"], seed)
     set_seed(seed)
     dropout = 0.0 if row.kind in ("lora", "dora") else settings["dropout"]
-    model = Classifier(texts.encoder, job["blocks"], texts.num_labels, dropout)
+    model = Classifier(texts.encoder, job["blocks"], texts.num_labels, dropout).to(texts.device)
     growth = adapt(model, row, job["rank"], settings)
     generator, seconds, best = torch.Generator().manual_seed(seed), 0.0, None
     for cycle in itertools.count(1):
@@ -398,7 +417,7 @@ def run(job: dict, texts: Texts, cycles: int | None = None) -> dict:
         "dendrites": growth.num_dendrites if growth else 0,
         "cycles": cycle,
         "epochs": epochs_of(len(train)),
-        "cpu_seconds": round(seconds, 2),
+        "cpu_seconds": round(seconds, 2) if texts.device.type == "cpu" else None,
         "memory_mib": round(training_memory(model, texts, states, train), 1),
     }
     return record
@@ -488,7 +507,8 @@ def print_results(title: str, runs: dict[str, list[dict]]) -> None:
         seeds, texts, _ = difference(found, runs[best]) if best and name != best else ("", "", 0)
         cells = [name, len(found), f"{mean(found, 'trained_parameters'):,.0f}", f"{mean(found, 'dendrites'):.1f}"]
         cells += [f"{statistics.fmean(scores):.2f}{spread}", seeds, texts]
-        cells += [f"{mean(found, 'cpu_seconds'):.1f}", f"{mean(found, 'memory_mib'):.0f}"]
+        timed = [run for run in found if run["cpu_seconds"] is not None]
+        cells += [f"{mean(timed, 'cpu_seconds'):.1f}" if timed else "", f"{mean(found, 'memory_mib'):.0f}"]
         print("|", " | ".join(map(str, cells)), "|")
 
 
@@ -553,8 +573,9 @@ class Campaign:
         self.args, self.label, self.texts = args, label, texts
         names = "torch transformers peft perforatedai".split()
         changed = git("status", "--porcelain", "--untracked-files=no", ":(top)", ":(top,exclude)benchmarks/results")
+        gpu = f", {torch.cuda.get_device_name()}" if texts.device.type == "cuda" else ""
         self.about = {
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread",
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread{gpu}",
             "versions": {name: version(name) for name in names} | {"python": platform.python_version()},
             # The commit that is checked out, with a + if files other than results differ from it.
             "commit": git("rev-parse", "--short", "HEAD") + ("+" if changed else ""),
@@ -630,6 +651,7 @@ def main() -> None:
     parser.add_argument("--test_texts", type=int, default=3000)
     parser.add_argument("--validation_texts", type=int, default=500)
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "pretrained.jsonl")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--table", action="store_true", help="only print the tables")
     args = parser.parse_args()
     if args.table:
@@ -644,7 +666,7 @@ def main() -> None:
     model = args.model or str(Path(found.origin).parent / "model")
     sys.path.insert(0, str(ROOT))
     torch.set_num_threads(1)  # as fast as two for batches of this size
-    texts = Texts(args.csv, model, args.test_texts, args.validation_texts)
+    texts = Texts(args.csv, model, args.test_texts, args.validation_texts, torch.device(args.device))
     Campaign(args, {"model": Path(args.model or PACKAGE).name, "data": texts.label}, texts).run()
     print_tables(recorded(args.results))
 
