@@ -2,7 +2,9 @@
 
 import contextlib
 import io
+import itertools
 import math
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -95,7 +97,6 @@ class Dendrites:
         if way == PACKAGE:
             perforate(model, self._args, training)
             self._growth = Growth(model, self._args, plan, "eval_loss", False)
-            self._growth.unused.clear()  # each layer is used in each step
         elif way == LORA:
             import peft
 
@@ -142,6 +143,7 @@ class Dendrites:
         """Add one dendrite to each layer."""
         self._added += 1
         if self._way == PACKAGE:
+            self._growth.unused.clear()  # each layer is used in each step
             self._growth.add_score(1 / self._added, step=self._added, end_of_cycle=True)
         elif self._way == LIBRARY:
             self.model.train()
@@ -152,16 +154,22 @@ class Dendrites:
 
 
 def time_steps(
-    model: nn.Module, batch: dict, steps: int, autocast: torch.dtype | None = None, compiler: str | None = None
+    model: nn.Module,
+    batch: dict,
+    steps: int,
+    autocast: torch.dtype | None = None,
+    compiler: str | None = None,
+    at_least: float = 0.0,
 ) -> tuple[float, float]:
     """Train on one batch and time the steps.
 
     Args:
         model (`nn.Module`): The network.
         batch (`dict`): A batch for it, on the same device.
-        steps (`int`): Number of timed steps, after two warm-up steps.
+        steps (`int`): Number of steps that are timed together, after two warm-up steps.
         autocast (`torch.dtype`, *optional*): Data type of mixed precision.
         compiler (`str`, *optional*): Backend of `torch.compile`; not compiled by default.
+        at_least (`float`): Seconds for which `steps` steps are timed again and again. The median counts.
 
     Returns:
         `tuple[float, float]`: Steps per second, and peak memory in MiB (on the CPU: of the process so far).
@@ -174,20 +182,21 @@ def time_steps(
     scaler = torch.amp.GradScaler(device, enabled=autocast is torch.float16)
     model.train()
     forward = torch.compile(model, backend=compiler) if compiler else model
-    for step in range(steps + 2):
-        if step == 2:
+    times = []
+    for step in itertools.count(-2):
+        if step >= 0 and step % steps == 0:
             if on_gpu:
                 torch.cuda.synchronize()
-            began = time.perf_counter()
+            times.append(time.perf_counter())
+            if step and times[-1] - times[0] >= at_least:
+                break
         with torch.autocast(device, autocast, enabled=autocast is not None):
             loss = forward(**batch).loss
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-    if on_gpu:
-        torch.cuda.synchronize()
-    seconds = time.perf_counter() - began
+    seconds = statistics.median(after - before for before, after in itertools.pairwise(times))
     if not math.isfinite(loss.item()):
         raise ArithmeticError("the loss is not finite")
     peak = torch.cuda.max_memory_allocated() / 2**20 if on_gpu else float(peak_memory().split()[0].replace(",", ""))

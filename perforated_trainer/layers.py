@@ -17,9 +17,9 @@ from transformers.pytorch_utils import Conv1D
 
 from .formula import ACTIVATIONS, Recomputed, add_low_rank, combine, second_factors, split_equally
 
-# Above this many weights, the dendrites of a layer are separate products: one large product saves nothing there and its
-# gradient is one large copy more. Measured on a CPU.
-FUSED_UP_TO = 2**16
+# Above this many weights, by type of device, the dendrites of a layer are separate products: one large product saves
+# nothing there and its gradient is one large copy more. Measured with benchmarks/gpu.py; other devices as a CPU.
+FUSED_UP_TO = {"cpu": 2**16, "cuda": 2**20}
 
 
 # Class: dimension of the neurons in the output, counted from the end (a batch may be missing), and in the weight.
@@ -103,7 +103,8 @@ class _Fused(_Layer):
         return combine(output, sums, self.dendrite_to_dendrite, self.dendrite_to_output, activation, self.dendrite_dim)
 
     def _in_one_product(self):
-        return getattr(self, "groups", 1) == 1 and self.dendrite_weight.numel() <= FUSED_UP_TO * self.num_dendrites
+        limit = FUSED_UP_TO.get(self.dendrite_weight.device.type, FUSED_UP_TO["cpu"])
+        return getattr(self, "groups", 1) == 1 and self.dendrite_weight.numel() <= limit * self.num_dendrites
 
     def _sums(self, output, input):
         number, axis = self.num_dendrites, _AXES[base_class(self)][1]

@@ -102,8 +102,8 @@ def test_separate_matmuls_of_dendrites_equal_the_fused_one(kind, monkeypatch):
         weights = dendrite[1] if rank else dendrite.state_dict()
         layers.set_dendrite(new, i, weights, to_dendrite[i], to_output[i])
     results = []
-    for limit in (layers.FUSED_UP_TO, 0):
-        monkeypatch.setattr(layers, "FUSED_UP_TO", limit)
+    for limit in (layers.FUSED_UP_TO["cpu"], 0):
+        monkeypatch.setitem(layers.FUSED_UP_TO, "cpu", limit)
         new.zero_grad()
         output = new(x)
         output.square().sum().backward()
