@@ -30,7 +30,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-LIMITS = {"tests": 120, "speed": 130, "fusion": 40, "script": 130}  # seconds
+LIMITS = {"tests": 110, "speed": 130, "fusion": 25, "script": 150}  # seconds
 TINY = "--max_train_samples 320 --max_eval_samples 50 --eval_steps 5 --max_dendrites 1 --n_epochs_to_switch 1 --use_cpu"
 
 
@@ -61,7 +61,7 @@ def speed(dry_run: bool) -> None:
     import torch
     from steps import LIBRARY, LORA, NETWORKS, PACKAGE, Dendrites, build, time_steps
 
-    device, steps, at_least = ("cpu", 1, 0) if dry_run else ("cuda", 10, 0.6)
+    device, steps, at_least = ("cpu", 1, 0) if dry_run else ("cuda", 10, 0.4)
     sizes = dict.fromkeys(NETWORKS, (2, 4)) if dry_run else {"MNIST": (64, 512), "BERT": (8, 64), "ResNet": (64, 512)}
 
     failures = []
@@ -118,7 +118,7 @@ def speed(dry_run: bool) -> None:
     for name, number in itertools.product(NETWORKS, (0, 3)):
         compare(name, number, [(size, dtype, None) for dtype in precisions for size in sizes[name]])
     for name, number in itertools.product(("BERT", "ResNet"), (1, 3)):
-        compare(name, number, [(size, dtype, None) for dtype in precisions for size in sizes[name]], rank=8)
+        compare(name, number, [(sizes[name][1], dtype, None) for dtype in precisions], rank=8)
     for name, number in itertools.product(NETWORKS, (3, 0)):  # last: compilation takes long
         compare(name, number, [(sizes[name][0], None, "eager" if dry_run else "inductor")])
     if failures:

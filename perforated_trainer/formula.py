@@ -82,6 +82,7 @@ _GRADIENTS = {
     torch.tanh: torch.ops.aten.tanh_backward.grad_input,
     _identity: lambda gradient, value, grad_input: None,  # it is there
 }
+_IN_PLACE = {torch.sigmoid: torch.sigmoid_, torch.tanh: torch.tanh_, _identity: _identity}
 
 
 class Recomputed(torch.autograd.Function):
@@ -113,16 +114,15 @@ class Recomputed(torch.autograd.Function):
             added = add_low_rank(torch.zeros_like(rows), *inputs, ctx.activation)
             found = torch.autograd.grad(added, inputs, rows, create_graph=True, allow_unused=True)
             return None, gradient, *found
-        exact = torch.promote_types(rows.dtype, torch.float32)  # for sums over blocks
-        sums = [torch.zeros(value.shape, dtype=exact, device=rows.device) for value in (up, bias, between, to_output)]
-        of_up, of_bias, of_between, of_output = sums
-        of_hidden, pairs, factors = [], between.unbind(), to_output.unsqueeze(1)
+        exact = torch.promote_types(rows.dtype, torch.float32)  # for sums over rows
+        of_hidden, of_own, pairs, factors = [], None, between.unbind(), to_output.unsqueeze(1)
         slope = _GRADIENTS.get(ctx.activation)
         with torch.autocast(rows.device.type, enabled=False):
             for block, part, values, graphs in _blocks(hidden, up, bias, between, rows.shape, ctx.activation, slope):
                 above, each = rows[block], values.unbind()
-                of_output += (values * above).sum(1, dtype=exact)
+                of_output = (values * above).sum(1, dtype=exact)
                 of_sums = above * factors  # first of the values, then of the sums that go into the activation
+                of_between = [None] * (len(up) - 1)
                 for i in reversed(range(len(up))):
                     of_sum, first = of_sums[i], i * (i - 1) // 2
                     if slope:
@@ -130,14 +130,15 @@ class Recomputed(torch.autograd.Function):
                     else:
                         of_sum.copy_(torch.autograd.grad(*graphs[i], of_sum)[0])
                     if i:
-                        of_between[first : first + i] += (values[:i] * of_sum).sum(1, dtype=exact)
+                        of_between[i - 1] = (values[:i] * of_sum).sum(1, dtype=exact)
                     for j in range(i):
                         of_sums[j].addcmul_(pairs[first + j], of_sum)
-                of_up += torch.bmm(part, of_sums)
-                of_bias += of_sums.sum(1, dtype=exact)
+                found = [torch.bmm(part, of_sums).to(exact), of_sums.sum(1, dtype=exact), *of_between, of_output]
+                of_own = [total.add_(value) for total, value in zip(of_own, found)] if of_own else found  # noqa: B905
                 of_hidden.append(torch.bmm(up, of_sums.transpose(1, 2)))
-        of_hidden = torch.cat(of_hidden, 2).view(hidden.shape)
-        return None, gradient, of_hidden, *(value.to(rows.dtype) for value in sums)
+        of_hidden = (torch.cat(of_hidden, 2) if len(of_hidden) > 1 else of_hidden[0]).view(hidden.shape)
+        of_up, of_bias, *of_between, of_output = (value.to(rows.dtype) for value in of_own)
+        return None, gradient, of_hidden, of_up, of_bias, torch.cat(of_between) if of_between else None, of_output
 
 
 def _blocks(hidden, up, bias, between, shape, activation, slope=True):
@@ -148,7 +149,7 @@ def _blocks(hidden, up, bias, between, shape, activation, slope=True):
     hidden, bias = hidden.view(number, len(hidden) // number, rows), bias.unsqueeze(1)
     # For single precision on a CPU, tanh(z) as 2 sigmoid(2 z) - 1 takes a fifth of the time; its error is 1e-7.
     by_sigmoid = activation is torch.tanh and hidden.dtype is torch.float32 and hidden.device.type == "cpu"
-    scale, minus_one = 2 if by_sigmoid else 1, hidden.new_full((), -1)
+    scale, minus_one = 2 if by_sigmoid else 1, hidden.new_full((), -1) if by_sigmoid else None
     for start in range(0, max(1, rows), step):  # also of no rows, as an expert has that no token is routed to
         block, graphs = slice(start, start + step), []
         part = hidden[:, :, block]
@@ -163,11 +164,11 @@ def _blocks(hidden, up, bias, between, shape, activation, slope=True):
                     total = total.clone().requires_grad_()
                     graphs.append((activation(total), total))
                 total = graphs[-1][0].detach()
-            elif activation is torch.sigmoid:
-                total.sigmoid_()
-                continue
             elif by_sigmoid:
                 torch.add(minus_one, total.sigmoid_(), alpha=2, out=total)
+                continue
+            elif activation in _IN_PLACE:
+                _IN_PLACE[activation](total)
                 continue
             else:
                 total = activation(total)

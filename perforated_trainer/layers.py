@@ -103,7 +103,8 @@ class _Fused(_Layer):
         return combine(output, sums, self.dendrite_to_dendrite, self.dendrite_to_output, activation, self.dendrite_dim)
 
     def _in_one_product(self):
-        limit = FUSED_UP_TO.get(self.dendrite_weight.device.type, FUSED_UP_TO["cpu"])
+        device = self.dendrite_weight.device.type
+        limit = FUSED_UP_TO[device if device in FUSED_UP_TO else "cpu"]
         return getattr(self, "groups", 1) == 1 and self.dendrite_weight.numel() <= limit * self.num_dendrites
 
     def _sums(self, output, input):
