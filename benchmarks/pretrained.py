@@ -144,7 +144,7 @@ class Texts:
         model (`str`): Folder or Hub name of a BERT and its tokenizer.
         test (`int`): Number of texts in the test set.
         validation (`int`): Number of texts in the validation set.
-        device (`torch.device`): Where hidden states are computed and models are trained.
+        device (`torch.device`): Device of the encoder, the hidden states and the training.
     """
 
     def __init__(self, path: Path, model: str, test: int, validation: int, device: torch.device):

@@ -166,8 +166,10 @@ def begin(folder: Path) -> None:
         raise PerforatedError(f"{folder} is a link or a file, not a folder: move it away, the run writes there")
     discard(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for path in folder.iterdir():
-        if os.path.islink(path) or _WRITTEN.fullmatch(path.name):
+    for path in list(folder.iterdir()):
+        if is_file(path) and re.fullmatch(TEMPORARY, path.name):
+            path.unlink()  # of a kill before there was a mark
+        elif os.path.islink(path) or _WRITTEN.fullmatch(path.name):
             raise PerforatedError(f"{path} was not written by a run: move it away, the run writes there")
     write_whole(folder / MARK, json.dumps({"before": dict.fromkeys(_files(folder))}))
 

@@ -10,7 +10,7 @@ from torch.nn import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, C
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.utils import logging
 
-from . import _compat, layers, loading, parameter_count, patterns, sharing
+from . import _compat, layers, parameter_count, patterns, saving, sharing
 from .arguments import LAYER_TYPES, DendriteArguments, PerforatedError, check_arguments
 from .weight_reads import layers_read
 
@@ -70,11 +70,11 @@ def perforate(model: nn.Module, dendrite_args: DendriteArguments, training_args:
         raise
     if dendrite_args.freeze_base:
         for name, parameter in model.named_parameters():
-            is_dendrite = any(part.startswith("dendrite") for part in name.split("."))
             if parameter.is_floating_point():
-                parameter.requires_grad_((is_dendrite or name in plan.trained) and parameter.numel() > 0)
+                is_trained = layers.is_of_dendrite(name) or name in plan.trained
+                parameter.requires_grad_(is_trained and parameter.numel() > 0)
     for module in outermost_models(model):
-        loading.make_dendritic(module)
+        saving.make_dendritic(module)
     model.dendrite_args = dendrite_args
     return model
 
@@ -189,7 +189,7 @@ def _check_quantization_mark(model: nn.Module) -> None:
             and not getattr(part, "is_quantized", False)
         ):
             method = mark.get("quant_method") if isinstance(mark, dict) else getattr(mark, "quant_method", None)
-            if method == loading.METHOD:  # of a config that was loaded from a folder with dendrites; it is not saved
+            if method == saving.METHOD:  # of a config that was loaded from a folder with dendrites; it is not saved
                 continue
             raise PerforatedError(
                 f"the config of {type(part).__name__} has a quantization_config ({method}), but its weights are not "
@@ -375,7 +375,7 @@ def _trained_next_to_dendrites(model: nn.Module, args: DendriteArguments) -> lis
     trained = [
         name
         for name, parameter in parameters.items()
-        if not any(part.startswith("dendrite") for part in name.split(".")) and (name in new or id(parameter) in chosen)
+        if not layers.is_of_dendrite(name) and (name in new or id(parameter) in chosen)
     ]
     return trained
 
@@ -405,7 +405,7 @@ def dendrite_size(model: nn.Module, name: str, plan: Plan, args: DendriteArgumen
         return parameter_count.of_low_rank(module, args.dendrite_rank, neurons), neurons
     if layers.can_fuse(module) and name not in plan.norms:
         return parameter_count.of_full_rank(module, neurons), neurons
-    own = sum(p.numel() for n, p in module.named_parameters() if not n.startswith("dendrite"))
+    own = sum(p.numel() for n, p in module.named_parameters() if not layers.is_of_dendrite(n))
     if norm := plan.norms.get(name):
         parent = model.get_submodule(name.rpartition(".")[0])
         own += sum(p.numel() for p in getattr(parent, norm).parameters())

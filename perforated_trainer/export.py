@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer
 from transformers.utils import logging
 
-from . import checkpoint, layers, loading, model_card, modules, plot, report, run_dir, sharing
+from . import checkpoint, layers, model_card, modules, plot, report, run_dir, saving, sharing
 from .arguments import PerforatedError, from_command_line, plain_hints, run_name
 from .callbacks import say
 from .growth import STATE
@@ -106,7 +106,7 @@ class ExportingTrainer(Trainer):
     def _check_dendrites_only(self) -> None:
         if not isinstance(self.model, PreTrainedModel):
             raise ValueError(f"dendrites_only: a {type(self.model).__name__} has no from_pretrained; save all of it")
-        loading.check_savable(self.model)
+        saving.check_savable(self.model)
 
     def _write_dendrites_card(self, folder: Path) -> None:
         if self.args.should_save:

@@ -293,7 +293,7 @@ class Growth:
 
     @staticmethod
     def _base_of(weights: dict) -> set[str]:
-        return {name for name in weights if not any(part.startswith("dendrite") for part in name.split("."))}
+        return {name for name in weights if not layers.is_of_dendrite(name)}
 
     def _numbers(self) -> dict[str, int]:
         return {name: layer.num_dendrites for name, layer in layers.layers_with_dendrites(self.model).items()}

@@ -256,6 +256,11 @@ def has_dendrites(module: nn.Module) -> bool:
     return isinstance(getattr(type(module), "dendrite_base", None), type) and "num_dendrites" in vars(module)
 
 
+def is_of_dendrite(name: str) -> bool:
+    """Whether a module or parameter of that name belongs to a dendrite. `perforate` refuses other such names."""
+    return any(part.startswith("dendrite") for part in name.split("."))
+
+
 def layers_with_dendrites(model: nn.Module) -> dict[str, nn.Module]:
     """The modules of a model that have dendrites, by name."""
     return {name: module for name, module in model.named_modules() if has_dendrites(module)}

@@ -10,16 +10,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from .layers import layers_with_dendrites
-from .loading import (
-    INDEX,
-    STOCK_NAMES,
-    WEIGHTS,
-    DendriteConfig,
-    check_dendrites,
-    dendrite_config,
-    distinct,
-    read_shapes,
-)
+from .loading import check_dendrites, read_shapes
+from .saving import INDEX, STOCK_NAMES, WEIGHTS, DendriteConfig, dendrite_config, distinct
 from .sharing import check_base, read_base
 
 MODULE = "dendrites.json"  # of a module that is not a PreTrainedModel: its `DendriteConfig`

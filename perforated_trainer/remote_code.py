@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from .checkpoint import write_whole
 from .layers import base_class, layers_with_dendrites
-from .loading import CODE, code_of_dendrites
+from .saving import CODE, code_of_dendrites
 
 logger = logging.get_logger(__name__)
 

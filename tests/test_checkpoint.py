@@ -196,11 +196,23 @@ def test_begin_unfinished_checkpoint_starts_empty(tmp_path):
     training_args.bin generation_config.json model.dendrites.safetensors
     model.safetensors.index.dendrites.json network.safetensors best_model.safetensors
     dendrite_state.json dendrites.json adapter_model.safetensors adapter_config.json dendrite_formula.py
-    dendrite_layers.py dendrite_loading.py modeling_mnist.py tokenizer.json tokenizer_config.json vocab.txt
-    preprocessor_config.json .perforated-0123456789abcdef.json
+    dendrite_saving.py dendrite_layers.py dendrite_loading.py modeling_mnist.py tokenizer.json
+    tokenizer_config.json vocab.txt preprocessor_config.json .perforated-0123456789abcdef.json
     """
     for name in names.split():
         (folder / name).write_text("half")
+    checkpoint.begin(folder)
+    assert files(folder) == {"perforated.json.unfinished"}
+
+
+def test_begin_after_a_kill_before_the_mark(tmp_path, monkeypatch):
+    folder = tmp_path / "checkpoint-2"
+    monkeypatch.setattr(os, "replace", lambda *paths: os._exit(7))  # between the mark's text and its name
+    if not (child := os.fork()):
+        checkpoint.begin(folder)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    monkeypatch.undo()
+    assert len(files(folder)) == 1 and files(folder).pop().startswith(".perforated-")
     checkpoint.begin(folder)
     assert files(folder) == {"perforated.json.unfinished"}
 

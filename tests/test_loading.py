@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForImageClassification, AutoModelForMaskedLM
 
-from perforated_trainer import layers, load_perforated_model, loading, modules, remote_code
+from perforated_trainer import layers, load_perforated_model, modules, remote_code, saving
 from perforated_trainer.layers import DendriteLinear, layers_with_dendrites
 
 BERT, DISTILBERT, GPT2 = "BertForMaskedLM", "DistilBertForSequenceClassification", "GPT2LMHeadModel"
@@ -49,7 +49,7 @@ def grown(name, count=2, activation="sigmoid", rank=None):
     model = build(name)
     if "ResNet" in name and not rank:
         layers.add_dendrites(model.resnet.embedder, 2, dim=-3, neurons=16, activation=activation)
-    return loading.make_dendritic(with_dendrites(model, count, activation, rank))
+    return saving.make_dendritic(with_dendrites(model, count, activation, rank))
 
 
 def batch_of(name, dtype=torch.float32):
@@ -85,7 +85,7 @@ def test_family_saved_and_loaded_is_bitwise_equal(name, tmp_path):
     for file in sorted(path.name for path in (tmp_path / "a").iterdir()):
         assert (tmp_path / "b" / file).read_bytes() == (tmp_path / "a" / file).read_bytes(), file
     loaded.save_pretrained(tmp_path / "b", max_shard_size="30KB", variant="fp16")
-    assert (tmp_path / "b" / loading.INDEX).exists() and not (tmp_path / "b" / loading.WEIGHTS).exists()
+    assert (tmp_path / "b" / saving.INDEX).exists() and not (tmp_path / "b" / saving.WEIGHTS).exists()
     sharded = model_class(name).from_pretrained(tmp_path / "b", device_map="auto")
     assert torch.equal(logits(sharded, name), expected)
     sharded.save_pretrained(tmp_path / "b")
@@ -157,7 +157,7 @@ def test_unusual_model_saved_and_loaded_is_bitwise_equal(make, rank, tmp_path):
     torch.manual_seed(0)
     model, batch = make().eval(), UNUSUAL[make]
     before = output(model, batch)
-    expected = output(loading.make_dendritic(with_dendrites(model, rank=rank)), batch)
+    expected = output(saving.make_dendritic(with_dendrites(model, rank=rank)), batch)
     assert not torch.equal(before, expected)
     torch.testing.assert_close(model(**batch).logits.detach(), expected, atol=1e-4, rtol=1e-4)
     model.save_pretrained(tmp_path)
@@ -174,7 +174,7 @@ def test_full_and_low_rank_in_one_model_are_saved_and_loaded(tmp_path):
     layers.add_dendrites(model.classifier, 2)
     for name, parameter in model.named_parameters():
         nn.init.normal_(parameter) if "dendrite" in name else None
-    loading.make_dendritic(model).save_pretrained(tmp_path)
+    saving.make_dendritic(model).save_pretrained(tmp_path)
     loaded = model_class(DISTILBERT).from_pretrained(tmp_path)
     assert torch.equal(logits(loaded, DISTILBERT), logits(model, DISTILBERT))
 
@@ -224,7 +224,7 @@ def test_new_process_loads_with_the_code_from_the_folder_and_stock_code_fails(tm
         model = grown(name)
         model.save_pretrained(tmp_path / name)
         assert remote_code.save_code(model, tmp_path / name)
-        assert {path.name for path in (tmp_path / name).glob("*.py")} == set(loading.code_of_dendrites())
+        assert {path.name for path in (tmp_path / name).glob("*.py")} == set(saving.code_of_dendrites())
         torch.save((batch_of(name), logits(model, name)), tmp_path / name / "expected.pt")
     (tmp_path / "elsewhere").mkdir()
     done = subprocess.run(
@@ -243,7 +243,7 @@ def test_two_copies_of_the_code_in_one_process_agree(tmp_path):
     remote_code.save_code(model, tmp_path)
     copied = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
     assert type(copied).__module__.endswith("dendrite_loading")
-    loading.make_dendritic(copied)
+    saving.make_dendritic(copied)
     stock = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(logits(copied, GPT2), logits(stock, GPT2)) and torch.equal(
         logits(stock, GPT2), logits(model, GPT2)
@@ -277,7 +277,7 @@ def test_stock_trainer_trains_a_loaded_model(tmp_path):
 
 
 def test_model_without_dendrites_is_saved_as_a_stock_model(tmp_path):
-    model = loading.make_dendritic(build(GPT2))
+    model = saving.make_dendritic(build(GPT2))
     model.save_pretrained(tmp_path)
     assert (tmp_path / "model.safetensors").exists()
     assert "quantization_config" not in (tmp_path / "config.json").read_text()
@@ -330,7 +330,7 @@ def test_body_of_a_model_saves_itself_with_its_dendrites(name, tmp_path):
     model = grown(name)
     body = model.base_model
     body.save_pretrained(tmp_path)
-    assert (tmp_path / loading.WEIGHTS).is_file()
+    assert (tmp_path / saving.WEIGHTS).is_file()
     loaded = transformers.AutoModel.from_pretrained(tmp_path)
     x = torch.arange(2, 8)[None]
     with torch.no_grad():
@@ -364,7 +364,7 @@ def test_resize_of_an_output_layer_with_dendrites_raises():
     model = build(BERT)
     model.resize_token_embeddings(1001)
     layers.add_dendrites(model.get_output_embeddings(), 1)
-    loading.make_dendritic(model).resize_token_embeddings(1001)
+    saving.make_dendritic(model).resize_token_embeddings(1001)
     with pytest.raises(ValueError, match="output layer has dendrites"):
         model.resize_token_embeddings(1002)
 
@@ -406,9 +406,9 @@ def test_push_to_hub_uploads_the_finished_folder(tmp_path, monkeypatch):
     model.save_pretrained(tmp_path / "mine", push_to_hub=True, repo_id="me/mine", private=True, max_shard_size="30KB")
     ((repo, files, kwargs),) = pushed
     assert repo == "me/mine" and kwargs == {"private": True, "max_shard_size": "30KB"}
-    assert loading.INDEX in files and "model.safetensors" not in files
+    assert saving.INDEX in files and "model.safetensors" not in files
     model.save_pretrained(tmp_path / "mine", push_to_hub=True)
-    assert pushed[1][0] == "mine" and loading.WEIGHTS in pushed[1][1] and loading.INDEX not in pushed[1][1]
+    assert pushed[1][0] == "mine" and saving.WEIGHTS in pushed[1][1] and saving.INDEX not in pushed[1][1]
 
 
 # -------------------------------------------------------------------------------------------------- plain torch modules
@@ -469,17 +469,17 @@ def break_config(folder, **changes):
 
 
 def break_weights(folder, change):
-    weights = load_file(folder / loading.WEIGHTS)
+    weights = load_file(folder / saving.WEIGHTS)
     change(weights)
-    save_file(weights, folder / loading.WEIGHTS, {"format": "pt"})
+    save_file(weights, folder / saving.WEIGHTS, {"format": "pt"})
 
 
 BIAS, OUTPUT = "classifier.dendrite_bias", "classifier.dendrite_to_output"
 MANY = 10_000_000
 BAD = {
-    "no file of weights model.dendrites.safetensors": lambda f: (f / loading.WEIGHTS).unlink(),
-    "damaged": lambda f: os.truncate(f / loading.WEIGHTS, 1000),
-    "are damaged": lambda f: (f / loading.WEIGHTS).write_bytes(b"version https://git-lfs.github.com/spec/v1"),
+    "no file of weights model.dendrites.safetensors": lambda f: (f / saving.WEIGHTS).unlink(),
+    "damaged": lambda f: os.truncate(f / saving.WEIGHTS, 1000),
+    "are damaged": lambda f: (f / saving.WEIGHTS).write_bytes(b"version https://git-lfs.github.com/spec/v1"),
     f"{BIAS} is missing": lambda f: break_weights(f, lambda w: w.pop(BIAS)),
     "the weights of its dendrites are missing": lambda f: break_weights(f, lambda w: w.pop(OUTPUT)),
     "dendrite_to_output is not expected": lambda f: break_weights(
@@ -494,7 +494,7 @@ BAD = {
     "is not expected": lambda f: break_config(f, layers={"pre_classifier": 1}),
     "'classifier': 10000000 dendrites, but the weights are of": lambda f: break_config(f, layers={"classifier": MANY}),
     "is missing|has shape|not below": lambda f: break_config(f, layers={"classifier": {"dendrites": 2, "rank": MANY}}),
-    "newer version": lambda f: break_config(f, format=loading.FORMAT + 1, something="new"),
+    "newer version": lambda f: break_config(f, format=saving.FORMAT + 1, something="new"),
     "not '../model.safetensors'": lambda f: break_config(f, weights="../model.safetensors"),
     "a safetensors file": lambda f: break_config(f, weights=r"C:\model.safetensors"),
     "Unknown dendrite activation 'eval'": lambda f: break_config(f, activation="eval"),
@@ -664,8 +664,8 @@ def drop_a_dendrite(folder):
 
 
 DAMAGES = {
-    "no file": lambda folder: (folder / loading.WEIGHTS).unlink(),
-    "damaged": lambda folder: os.truncate(folder / loading.WEIGHTS, 1000),
+    "no file": lambda folder: (folder / saving.WEIGHTS).unlink(),
+    "damaged": lambda folder: os.truncate(folder / saving.WEIGHTS, 1000),
     "the weights of its dendrites are missing": drop_a_dendrite,
     "dendrites, but the weights are of": one_dendrite_more,
     "newer version": lambda folder: break_config(folder, format=99),

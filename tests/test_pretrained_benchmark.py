@@ -128,7 +128,7 @@ def test_batches_one_epoch_holds_each_text_once():
 def test_states_lower_blocks_computed_once_equal_the_whole_encoder(data):
     import torch
 
-    texts = pretrained.Texts(data / "texts.csv", str(data / "model"), 24, 24)
+    texts = pretrained.Texts(data / "texts.csv", str(data / "model"), 24, 24, torch.device("cpu"))
     torch.manual_seed(0)
     indices, logits = torch.arange(8), []
     for blocks in (3, 2, 0):

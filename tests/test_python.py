@@ -11,8 +11,8 @@ import torch
 
 import mnist_huggingface_perforatedai as mnist
 from perforated_trainer.layers import add_dendrites
-from perforated_trainer.loading import make_dendritic
 from perforated_trainer.remote_code import save_code
+from perforated_trainer.saving import make_dendritic
 
 ROOT = Path(__file__).parent.parent
 LOAD = """

@@ -14,7 +14,7 @@ import torch
 import transformers
 from models import CONFIGS, build
 
-from perforated_trainer import layers, loading, remote_code
+from perforated_trainer import layers, remote_code, saving
 
 HEAD = """
 from torch import nn
@@ -350,12 +350,12 @@ def dendritic(model, *names):
     for name, parameter in model.named_parameters():
         if "dendrite" in name:
             torch.nn.init.normal_(parameter)
-    return loading.make_dendritic(model)
+    return saving.make_dendritic(model)
 
 
 def test_save_stock_model_without_dendrites_writes_nothing(tmp_path):
     model = build("DistilBertForSequenceClassification")
-    for saved in (model, loading.make_dendritic(model)):
+    for saved in (model, saving.make_dendritic(model)):
         saved.save_pretrained(tmp_path)
         before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
         assert remote_code.save_code(saved, tmp_path)
@@ -366,10 +366,10 @@ def test_save_stock_model_with_dendrites_names_all_heads(tmp_path):
     model = dendritic(build("DistilBertForSequenceClassification"), "classifier")
     model.save_pretrained(tmp_path)
     assert remote_code.save_code(model, tmp_path)
-    assert set(loading.code_of_dendrites()) == {path.name for path in tmp_path.glob("*.py")}
+    assert set(saving.code_of_dendrites()) == {path.name for path in tmp_path.glob("*.py")}
     code = json.loads((tmp_path / "config.json").read_text())["auto_map"]
     for name, cls in (("", "Model"), ("ForSequenceClassification",) * 2, ("ForMaskedLM",) * 2):
-        assert code[f"AutoModel{name}"] == f"{loading.CODE}.DistilBert{cls}"
+        assert code[f"AutoModel{name}"] == f"{saving.CODE}.DistilBert{cls}"
 
 
 def test_save_model_that_gets_dendrites_later_writes_their_code_then(load, tmp_path):
@@ -383,8 +383,8 @@ def test_save_model_that_gets_dendrites_later_writes_their_code_then(load, tmp_p
         assert code.save(tmp_path / name, model)
         text = (tmp_path / name / "modeling_mine.py").read_text()
         assert compile(text, "saved", "exec")  # the import from __future__ comes first
-        assert (f"from .{loading.CODE} import" in text) == expected
-        assert (tmp_path / name / f"{loading.CODE}.py").exists() == expected
+        assert (f"from .{saving.CODE} import" in text) == expected
+        assert (tmp_path / name / f"{saving.CODE}.py").exists() == expected
 
 
 def test_save_links_in_the_folder_are_replaced_and_not_followed(load, tmp_path):
@@ -392,7 +392,7 @@ def test_save_links_in_the_folder_are_replaced_and_not_followed(load, tmp_path):
     folder, victim = tmp_path / "saved", tmp_path / "victim"
     model.save_pretrained(folder)
     victim.write_text((folder / "config.json").read_text())
-    names = ["modeling_mine.py", "config.json", *loading.code_of_dendrites()]
+    names = ["modeling_mine.py", "config.json", *saving.code_of_dendrites()]
     for name in names:
         (folder / name).unlink(missing_ok=True)
         (folder / name).symlink_to(victim)
