@@ -1,10 +1,12 @@
 import gc
+import importlib
 import importlib.metadata
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import kills
 import pytest
@@ -41,6 +43,25 @@ def wheel(tmp_path_factory):
     assert done.returncode == 0, done.stderr
     (built,) = folder.glob("*.whl")
     return built
+
+
+@pytest.fixture
+def run_benchmark(monkeypatch, capsys):
+    """A function that runs the `main` of a benchmark, and returns what it printed."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import jobs
+
+    monkeypatch.setattr(jobs, "subprocess", SimpleNamespace(run=kills.forked))
+
+    def call(script, *flags):
+        monkeypatch.setattr(sys, "argv", [script, *map(str, flags)])
+        capsys.readouterr()
+        importlib.import_module(script.removesuffix(".py")).main()
+        done = capsys.readouterr()
+        assert "failed" not in done.err, done.err
+        return done.out
+
+    return call
 
 
 @pytest.fixture

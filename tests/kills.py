@@ -10,11 +10,15 @@ import json
 import multiprocessing
 import os
 import random
+import runpy
+import socket
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 ROOT = Path(__file__).parent.parent
 # Small, but with at least two dendrite additions and several checkpoints in each cycle.
@@ -29,11 +33,16 @@ processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["mnist_huggingface_perforatedai", "kills"])
 
 
+def _redirect(log: str | None) -> None:
+    if log:
+        file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        for stream in (1, 2):
+            os.dup2(file, stream)
+
+
 def _run(folder: Path, flags: list[str], before=None) -> None:
     os.chdir(folder)
-    log = os.open("log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    for stream in (1, 2):
-        os.dup2(log, stream)
+    _redirect("log.txt")
     import mnist_huggingface_perforatedai
 
     if before:
@@ -47,6 +56,48 @@ def start(folder: Path, *flags: str, before=None) -> multiprocessing.Process:
     process = processes.Process(target=_run, args=(folder, [*FLAGS, *flags], before))
     process.start()
     return process
+
+
+def _in_fork(command, folder, environment, log=None):
+    """Run a script as a command line would, in a process that has imported the libraries already."""
+    os.chdir(folder)
+    os.environ.update(environment)
+    _redirect(log)
+    sys.argv = command[1:]
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    runpy.run_path(command[1], run_name="__main__")
+
+
+def forked(command, cwd=None, env=None, **kwargs):
+    """Replaces `subprocess.run` in `jobs`, with which each run would import the libraries for ten seconds."""
+    if command[0] != sys.executable:
+        return subprocess.run(command, cwd=cwd, env=env, **kwargs)
+    process = processes.Process(target=_in_fork, args=(command, cwd, dict(env)))
+    process.start()
+    process.join()
+    return SimpleNamespace(returncode=process.exitcode, stderr="see above")
+
+
+def start_ranks(folder: Path, script: Path, *flags: str, number: int = 2) -> list[multiprocessing.Process]:
+    """Start a script in several processes that train together, with what torchrun tells each; output to log.txt."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    everywhere = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number}
+    ranks = []
+    for rank in range(number):
+        environment = {name: str(value) for name, value in {**everywhere, "RANK": rank, "LOCAL_RANK": rank}.items()}
+        command = [sys.executable, str(script), *flags]
+        ranks.append(processes.Process(target=_in_fork, args=(command, folder, environment, "log.txt")))
+        ranks[-1].start()
+    return ranks
+
+
+def statuses(ranks: list[multiprocessing.Process], seconds: float = 120) -> list[int | None]:
+    """Wait for processes, and return the exit status of each."""
+    for rank in ranks:
+        rank.join(seconds)
+    return [rank.exitcode for rank in ranks]
 
 
 def outcome(folder: Path, name: str = "run") -> tuple[dict, dict]:

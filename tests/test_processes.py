@@ -17,9 +17,9 @@ ROOT = Path(__file__).parent.parent
 RESUME = ["--resume_from_checkpoint", "true"]
 
 
-def torchrun(folder, script, *flags, processes=2):
+def torchrun(folder, script, *flags):
     """Start `script` with torch's launcher on the CPU; output to log.txt."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     with open(folder / "log.txt", "a") as log:
         return subprocess.Popen(
@@ -59,13 +59,16 @@ def test_parameters_are_equal_in_all_processes_at_every_step(two):
 
 
 def test_two_processes_killed_with_a_dendrite_resume_bitwise_equal(two, tmp_path):
-    process = torchrun(tmp_path, ROOT / "mnist_huggingface_perforatedai.py", *FLAGS)
+    script, log = ROOT / "mnist_huggingface_perforatedai.py", tmp_path / "log.txt"
+    log.touch()
+    ranks = kills.start_ranks(tmp_path, script, *FLAGS)
     deadline = time.monotonic() + 120
-    while "0 -> 1 dendrite," not in (tmp_path / "log.txt").read_text() and time.monotonic() < deadline:
+    while "0 -> 1 dendrite," not in log.read_text() and time.monotonic() < deadline:
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    assert torchrun(tmp_path, ROOT / "mnist_huggingface_perforatedai.py", *FLAGS, *RESUME).wait(120) == 0
+    for rank in ranks:
+        rank.kill()
+    assert kills.statuses(ranks) == [-signal.SIGKILL] * 2
+    assert kills.statuses(kills.start_ranks(tmp_path, script, *FLAGS, *RESUME)) == [0, 0], log.read_text()
     assert kills.outcome(tmp_path) == kills.outcome(two)
 
 
@@ -91,7 +94,8 @@ def test_scores_do_not_depend_on_the_number_of_processes(tmp_path, samples):
         folder = tmp_path / str(processes)
         folder.mkdir()
         script = ROOT / "tests" / "scores.py"
-        assert torchrun(folder, script, str(samples), str(64 // processes), processes=processes).wait(120) == 0
+        ranks = kills.start_ranks(folder, script, str(samples), str(64 // processes), number=processes)
+        assert kills.statuses(ranks) == [0] * processes, (folder / "log.txt").read_text()
         scores.append(json.loads((folder / "scores.json").read_text()))
     for name in ("eval_loss", "eval_accuracy"):
         assert scores[0][name] == pytest.approx(scores[1][name], abs=1e-5), name
