@@ -51,12 +51,13 @@ def run_benchmark(monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import jobs
 
-    monkeypatch.setattr(jobs, "subprocess", SimpleNamespace(run=kills.forked))
-
     def call(script, *flags):
+        module = importlib.import_module(script.removesuffix(".py"))
+        for starts in (found for found in (jobs, module) if hasattr(found, "subprocess")):
+            monkeypatch.setattr(starts, "subprocess", SimpleNamespace(run=kills.forked))
         monkeypatch.setattr(sys, "argv", [script, *map(str, flags)])
         capsys.readouterr()
-        importlib.import_module(script.removesuffix(".py")).main()
+        module.main()
         done = capsys.readouterr()
         assert "failed" not in done.err, done.err
         return done.out

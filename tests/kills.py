@@ -33,11 +33,10 @@ processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["mnist_huggingface_perforatedai", "kills"])
 
 
-def _redirect(log: str | None) -> None:
-    if log:
-        file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        for stream in (1, 2):
-            os.dup2(file, stream)
+def _redirect(log: str, streams: tuple = (1, 2)) -> None:
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in streams:
+        os.dup2(file, stream)
 
 
 def _run(folder: Path, flags: list[str], before=None) -> None:
@@ -58,24 +57,25 @@ def start(folder: Path, *flags: str, before=None) -> multiprocessing.Process:
     return process
 
 
-def _in_fork(command, folder, environment, log=None):
+def _in_fork(command, folder, environment, log, streams):
     """Run a script as a command line would, in a process that has imported the libraries already."""
     os.chdir(folder)
     os.environ.update(environment)
-    _redirect(log)
+    _redirect(log, streams)
     sys.argv = command[1:]
     sys.path.insert(0, str(ROOT / "benchmarks"))
     runpy.run_path(command[1], run_name="__main__")
 
 
 def forked(command, cwd=None, env=None, **kwargs):
-    """Replaces `subprocess.run` in `jobs`, with which each run would import the libraries for ten seconds."""
+    """Replaces `subprocess.run` in benchmarks, with which each run would import the libraries for ten seconds."""
     if command[0] != sys.executable:
         return subprocess.run(command, cwd=cwd, env=env, **kwargs)
-    process = processes.Process(target=_in_fork, args=(command, cwd, dict(env)))
-    process.start()
-    process.join()
-    return SimpleNamespace(returncode=process.exitcode, stderr="see above")
+    with tempfile.NamedTemporaryFile("r") as output:
+        process = processes.Process(target=_in_fork, args=(command, cwd, dict(env or os.environ), output.name, (1,)))
+        process.start()
+        process.join()
+        return SimpleNamespace(returncode=process.exitcode, stdout=output.read(), stderr="see above")
 
 
 def start_ranks(folder: Path, script: Path, *flags: str, number: int = 2) -> list[multiprocessing.Process]:
@@ -88,7 +88,7 @@ def start_ranks(folder: Path, script: Path, *flags: str, number: int = 2) -> lis
     for rank in range(number):
         environment = {name: str(value) for name, value in {**everywhere, "RANK": rank, "LOCAL_RANK": rank}.items()}
         command = [sys.executable, str(script), *flags]
-        ranks.append(processes.Process(target=_in_fork, args=(command, folder, environment, "log.txt")))
+        ranks.append(processes.Process(target=_in_fork, args=(command, folder, environment, "log.txt", (1, 2))))
         ranks[-1].start()
     return ranks
 

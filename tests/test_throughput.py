@@ -44,13 +44,9 @@ def test_throughput_prints_its_tables(tmp_path):
     assert not list(tmp_path.iterdir()), "runs are made elsewhere"
 
 
-def test_scale_prints_its_table(tmp_path):
-    command = [sys.executable, str(ROOT / "benchmarks" / "scale.py"), "--dendrites", "1", "--steps", "1"]
-    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-2000:]
-    rows = [
-        line.strip("| ").split(" | ") for line in run.stdout.splitlines() if line.startswith(("| BERT", "| ResNet"))
-    ]
+def test_scale_prints_its_table(run_benchmark):
+    printed = run_benchmark("scale.py", "--dendrites", "1", "--steps", "1")
+    rows = [line.strip("| ").split(" | ") for line in printed.splitlines() if line.startswith(("| BERT", "| ResNet"))]
     assert [row[:2] for row in rows] == [["BERT", "0"], ["BERT", "1"], ["ResNet", "0"], ["ResNet", "1"]]
     assert all(min(float(number.replace(",", "")) for number in row[2:]) > 0 for row in rows)
 
