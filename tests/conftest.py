@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -87,7 +88,13 @@ SLOW = set(
 )
 
 
+# Files of few long tests. pytest-xdist hands out whole files in their order: these first, then those of most tests.
+LONG = "test_throughput test_docs test_processes test_machines test_deploy test_sweep test_finetune test_python".split()
+
+
 def pytest_collection_modifyitems(items):
+    number = Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.path.stem not in LONG, -number[item.path], item.path))
     for item in items:
         if item.path.stem in SLOW:
             item.add_marker("slow")

@@ -59,7 +59,7 @@ def start(folder: Path, *flags: str, before=None) -> multiprocessing.Process:
 
 def _in_fork(command, folder, environment, log, streams):
     """Run a script as a command line would, in a process that has imported the libraries already."""
-    os.chdir(folder)
+    os.chdir(folder or ".")
     os.environ.update(environment)
     _redirect(log, streams)
     sys.argv = command[1:]
@@ -68,7 +68,7 @@ def _in_fork(command, folder, environment, log, streams):
 
 
 def forked(command, cwd=None, env=None, **kwargs):
-    """Replaces `subprocess.run` in benchmarks, with which each run would import the libraries for ten seconds."""
+    """As `subprocess.run` of a script, which would import the libraries for ten seconds. Only stdout is captured."""
     if command[0] != sys.executable:
         return subprocess.run(command, cwd=cwd, env=env, **kwargs)
     with tempfile.NamedTemporaryFile("r") as output:
@@ -78,17 +78,25 @@ def forked(command, cwd=None, env=None, **kwargs):
         return SimpleNamespace(returncode=process.exitcode, stdout=output.read(), stderr="see above")
 
 
-def start_ranks(folder: Path, script: Path, *flags: str, number: int = 2) -> list[multiprocessing.Process]:
-    """Start a script in several processes that train together, with what torchrun tells each; output to log.txt."""
+def start_ranks(
+    folder: Path, script: Path, *flags: str, number: int = 2, machines: bool = False
+) -> list[multiprocessing.Process]:
+    """Start a script in several processes that train together, with what torchrun tells each; output to log.txt.
+
+    With `machines` each is on a machine of its own: in the folder of its rank, with its output in `<rank>.txt`.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    everywhere = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number}
+    everywhere = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo", "WORLD_SIZE": number}
+    everywhere["LOCAL_WORLD_SIZE"] = 1 if machines else number
     ranks = []
     for rank in range(number):
-        environment = {name: str(value) for name, value in {**everywhere, "RANK": rank, "LOCAL_RANK": rank}.items()}
+        own = {"RANK": rank, "LOCAL_RANK": 0 if machines else rank}
+        environment = {name: str(value) for name, value in (everywhere | own).items()}
         command = [sys.executable, str(script), *flags]
-        ranks.append(processes.Process(target=_in_fork, args=(command, folder, environment, "log.txt", (1, 2))))
+        place = (folder / str(rank), environment, f"../{rank}.txt") if machines else (folder, environment, "log.txt")
+        ranks.append(processes.Process(target=_in_fork, args=(command, *place, (1, 2))))
         ranks[-1].start()
     return ranks
 

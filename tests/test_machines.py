@@ -3,7 +3,6 @@
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -93,27 +92,21 @@ def test_trainer_with_two_processes_without_use_cpu_raises_before_it_writes(star
 
 
 @pytest.mark.parametrize("overwrite", [False, True], ids=["new", "over a run"])
-def test_machines_without_a_shared_disk_exit_with_one_line_each(overwrite, start, tmp_path, finished):
+def test_machines_without_a_shared_disk_exit_with_one_line_each(overwrite, tmp_path, finished):
     """They are simulated by two processes with different current folders, as output_dir is relative."""
     flags = [*kills.FLAGS, *(["--overwrite_run"] if overwrite else [])]
     if overwrite:
         shutil.copytree(finished / "run", tmp_path / "0" / "run")
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    processes = []
     for rank in ("0", "1"):
-        folder = tmp_path / rank
-        folder.mkdir(exist_ok=True)
-        machine = {"RANK": rank, "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}
-        machine |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        processes.append(start([SCRIPT, *flags], folder, **machine))
-    outputs = [process.communicate(timeout=400) for process in processes]
-    assert [process.returncode for process in processes] == [2, 2], outputs
-    for _, err in outputs:
-        (line,) = errors(err)
+        (tmp_path / rank).mkdir(exist_ok=True)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    ranks = kills.start_ranks(tmp_path, SCRIPT, *flags, machines=True)
+    codes, outputs = kills.statuses(ranks), [tmp_path / "0.txt", tmp_path / "1.txt"]
+    texts = [output.read_text() for output in outputs]
+    assert codes == [2, 2], texts
+    for text in texts:
+        (line,) = errors(text)
         assert "not the same folder for all processes" in line
-        assert "Traceback" not in err
-    after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+        assert "Traceback" not in text
+    after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path not in outputs}
     assert after == before, "the folder is free for the next try, or holds the run that it held"

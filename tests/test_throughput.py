@@ -1,10 +1,10 @@
 """The speed benchmark runs and prints the tables of benchmarks/README.md; the times are not tested."""
 
 import re
-import subprocess
 import sys
 from pathlib import Path
 
+import kills
 import pytest
 from test_script import write_idx
 
@@ -24,9 +24,8 @@ def test_throughput_prints_its_tables(tmp_path):
         "--run_flags",
         f"{short} --per_device_train_batch_size 32",
     ]
-    command = [sys.executable, str(ROOT / "benchmarks" / "throughput.py"), *flags]
-    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-2000:]
+    run = kills.forked([sys.executable, str(ROOT / "benchmarks" / "throughput.py"), *flags], cwd=tmp_path)
+    assert run.returncode == 0
     tables = [
         [line.strip("| ").split(" | ") for line in block.strip().splitlines()]
         for block in re.findall(r"(?:^\|.*\n)+", run.stdout, re.MULTILINE)
@@ -54,8 +53,7 @@ def test_scale_prints_its_table(run_benchmark):
 def test_data_of_the_hub_is_timed(tmp_path):
     write_idx(tmp_path)
     flags = ["--data_dir", str(tmp_path), "--max_steps", "4", "--eval_steps", "2", "--use_cpu"]
-    command = [sys.executable, str(ROOT / "benchmarks" / "hub_form.py"), *flags]
-    run = subprocess.run(command, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-2000:]
+    run = kills.forked([sys.executable, str(ROOT / "benchmarks" / "hub_form.py"), *flags])
+    assert run.returncode == 0
     assert "stopped by max_steps at step 4" in run.stdout
     assert re.search(r"120 PNGs; launch to final table \d+ s, of which training \d+ s for 4 steps", run.stdout)
