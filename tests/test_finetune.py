@@ -41,7 +41,7 @@ def test_finetune_benchmark_records_each_run_once(run_benchmark, tmp_path):
 
 def test_normalization_benchmark_records_each_run_once(run_benchmark, tmp_path):
     results = tmp_path / "normalization.jsonl"
-    flags = ["--results", results, "--seeds", "7", "--eval_steps", "4", "--processes", "1"]
+    flags = ["--results", results, "--seeds", "7", "--eval_steps", "1", "--processes", "1"]
     first = run_benchmark("normalization.py", *flags)
     alone, joined = read(results)
     assert alone["cycles"][0]["parameters"] == joined["cycles"][0]["parameters"]
