@@ -174,7 +174,7 @@ def _check_state(model: nn.Module) -> None:
             )
     for name, _ in model.named_parameters(remove_duplicate=False):
         path = name.split(".")
-        start = next((i for i, part in enumerate(path) if part.startswith("dendrite")), None)
+        start = next((i for i, part in enumerate(path) if layers.is_of_dendrite(part)), None)
         if start is not None and ".".join(path[:start]) not in grown:
             raise PerforatedError(f'{name}: names that begin with "dendrite" are those of dendrites, use another one')
 
