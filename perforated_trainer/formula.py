@@ -42,9 +42,10 @@ def combine(output, sums, to_dendrite, to_output, activation, dim):
     ones = (1,) * (-1 - dim)
 
     def values(rows):  # one tensor per row, in the dtype of the output, which autocast may have chosen
-        return rows.to(output.dtype).view(*rows.shape, *ones).unbind()
+        rows = rows.to(output.dtype)
+        return _each(rows.view(*rows.shape, *ones) if ones else rows)
 
-    dendrites, between = [], to_dendrite.split(tuple(range(len(sums))))  # row i: the c_ij, j < i
+    dendrites, between = [], to_dendrite.split(tuple(range(len(sums)))) if len(sums) > 1 else ()  # i: the c_ij, j < i
     for i, (total, factor) in enumerate(zip(sums, values(to_output))):  # noqa: B905 - torch.compile; equal lengths
         if i:
             for weight, dendrite in zip(values(between[i]), dendrites):  # noqa: B905
@@ -52,6 +53,11 @@ def combine(output, sums, to_dendrite, to_output, activation, dim):
         dendrites.append(activation(total))
         output = torch.addcmul(output, factor, dendrites[-1])
     return output
+
+
+def _each(stacked):
+    """As `unbind`, without the copy that its backward pass makes of a single one."""
+    return [stacked.squeeze(0)] if stacked.shape[0] == 1 else stacked.unbind()
 
 
 def split_equally(stacked, number, axis):
@@ -63,16 +69,11 @@ def split_equally(stacked, number, axis):
 def second_factors(hidden, up, bias, dtype, dim):
     """The sums of dendrites of low rank from the products with all first factors."""
     ones = (1,) * (-1 - dim)
-    convolve = (F.conv1d, F.conv2d, F.conv3d)[len(ones) - 1]
-    parts = zip(split_equally(hidden, len(up), dim), up.transpose(1, 2).unbind(), bias.unbind())  # noqa: B905
-    return [convolve(part, up.reshape(*up.shape, *ones), bias).to(dtype) for part, up, bias in parts]
-
-
-def add_low_rank(output, hidden, up, bias, between, to_output, activation):
-    """The formula for rows of neurons, `hidden` transposed."""
-    parts = zip(split_equally(hidden, len(up), 0), up.unbind(), bias.unbind())  # noqa: B905 - torch.compile; equal lengths
-    sums = [torch.addmm(bias, part.t(), up).to(output.dtype) for part, up, bias in parts]
-    return combine(output, sums, between, to_output, activation, -1)
+    product = (F.linear, F.conv1d, F.conv2d, F.conv3d)[len(ones)]
+    up = up.transpose(1, 2)
+    up = _each(up.reshape(*up.shape, *ones) if ones else up)
+    parts = zip(split_equally(hidden, len(up), dim), up, _each(bias))  # noqa: B905
+    return [product(part, up, bias).to(dtype) for part, up, bias in parts]
 
 
 _BLOCK = 2**18  # numbers of all dendrites: what a CPU's cache holds several times
@@ -86,9 +87,10 @@ _IN_PLACE = {torch.sigmoid: torch.sigmoid_, torch.tanh: torch.tanh_, _identity: 
 
 
 class Recomputed(torch.autograd.Function):
-    """`add_low_rank`, which keeps nothing of the layer's size for the backward pass: that computes it again.
+    """The formula for dendrites of low rank of rows of neurons, from `hidden`, transposed: (n r, rows).
 
-    On a CPU both work in blocks that its cache holds. Otherwise as much as the layer's output is kept of each dendrite.
+    Nothing of the layer's size is kept for the backward pass, which computes it again; autograd would keep as much as
+    the layer's output of each dendrite. On a CPU both passes work in blocks that its cache holds.
     """
 
     @staticmethod
@@ -110,10 +112,11 @@ class Recomputed(torch.autograd.Function):
         hidden, up, bias, between, to_output = ctx.saved_tensors
         rows = gradient.reshape(-1, gradient.shape[-1])
         if torch.is_grad_enabled():  # a gradient of gradients is asked for
-            inputs = ctx.saved_tensors
-            added = add_low_rank(torch.zeros_like(rows), *inputs, ctx.activation)
-            found = torch.autograd.grad(added, inputs, rows, create_graph=True, allow_unused=True)
-            return None, gradient, *found
+            inputs = [value for value in ctx.saved_tensors if value.requires_grad]  # not the c of a single dendrite
+            sums = second_factors(hidden.t(), up, bias, rows.dtype, -1)
+            added = combine(torch.zeros_like(rows), sums, between, to_output, ctx.activation, -1)
+            found = iter(torch.autograd.grad(added, inputs, rows, create_graph=True, allow_unused=True))
+            return None, gradient, *(next(found) if value.requires_grad else None for value in ctx.saved_tensors)
         exact = torch.promote_types(rows.dtype, torch.float32)  # for sums over rows
         of_hidden, of_own, pairs, factors = [], None, between.unbind(), to_output.unsqueeze(1)
         slope = _GRADIENTS.get(ctx.activation)

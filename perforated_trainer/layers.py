@@ -15,15 +15,19 @@ from torch import nn
 from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
-from .formula import ACTIVATIONS, Recomputed, add_low_rank, combine, second_factors, split_equally
+from .formula import ACTIVATIONS, Recomputed, combine, second_factors, split_equally
 
 # Above this many weights, by type of device, the dendrites of a layer are separate products: one large product saves
 # nothing there and its gradient is one large copy more. Measured with benchmarks/gpu.py; other devices as a CPU.
 FUSED_UP_TO = {"cpu": 2**16, "cuda": 2**20}
+# Above this many values the only dendrite of a layer, if of low rank, is computed again in the backward pass. Below it
+# autograd keeps it: these are fewer operations, and the time to start them counts more than memory there.
+RECOMPUTED_ABOVE = {"cpu": 2**16, "cuda": 2**20}
 
 
 # Class: dimension of the neurons in the output, counted from the end (a batch may be missing), and in the weight.
 _AXES = {nn.Linear: (-1, 0), nn.Conv1d: (-2, 0), nn.Conv2d: (-3, 0), nn.Conv3d: (-4, 0), Conv1D: (-1, 1)}
+_AFTER_THE_FIRST_FACTOR = "up", "bias", "to_dendrite", "to_output"
 _CONVOLVE = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
 
 
@@ -129,26 +133,31 @@ class _LowRank(_Layer):
         x = args[0] if args else next(iter(kwargs.values()))
         if x.is_meta or not torch.is_autocast_enabled(x.device.type):
             x = x.to(self.dendrite_down.dtype)
-        activation, between = ACTIVATIONS[self.dendrite_activation], self.dendrite_to_dendrite
-        if (base := self._dendrite_kind) in _CONVOLVE:
+        activation, base = ACTIVATIONS[self.dendrite_activation], self._dendrite_kind
+        up, bias, between, to_output = (getattr(self, f"dendrite_{name}") for name in _AFTER_THE_FIRST_FACTOR)
+        if base not in _CONVOLVE and self._is_recomputed(x, output):
+            # Transposed, (n r, rows): all products with thin matrices, those of the backward pass too, are then fast.
+            hidden = torch.mm(self.dendrite_down, x.reshape(-1, x.shape[-1]).t())
+            own = [value.to(output.dtype) for value in (up, bias, between, to_output)]
+            try:
+                return Recomputed.apply(activation, output, hidden, *own)
+            except RuntimeError as error:  # under a transform of torch.func
+                if "setup_context" not in str(error):
+                    raise
+        if base in _CONVOLVE:
             hidden = _CONVOLVE[base](x, self.dendrite_down, None, self.stride, self.padding, self.dilation)
-            sums = second_factors(hidden, self.dendrite_up, self.dendrite_bias, output.dtype, self.dendrite_dim)
-            return combine(output, sums, between, self.dendrite_to_output, activation, self.dendrite_dim)
-        # Transposed, (n r, rows): all products with thin matrices, those of the backward pass too, are then fast ones.
-        hidden = torch.mm(self.dendrite_down, x.reshape(-1, x.shape[-1]).t())
-        own = self.dendrite_up, self.dendrite_bias, between, self.dendrite_to_output
-        traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or output.is_meta
-        if traced or hidden.dtype != output.dtype:
-            rows = output.reshape(-1, output.shape[-1])
-            return add_low_rank(rows, hidden, *own, activation).view(output.shape)
-        own = [value.to(output.dtype) for value in own]
-        try:
-            return Recomputed.apply(activation, output, hidden, *own)
-        except RuntimeError as error:  # under a transform of torch.func
-            if "setup_context" not in str(error):
-                raise
-            rows = output.reshape(-1, output.shape[-1])
-            return add_low_rank(rows, hidden, *own, activation).view(output.shape)
+        else:
+            hidden = F.linear(x, self.dendrite_down)
+        sums = second_factors(hidden, up, bias, output.dtype, self.dendrite_dim)
+        return combine(output, sums, between, to_output, activation, self.dendrite_dim)
+
+    def _is_recomputed(self, x, output):
+        kind = output.device.type
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or output.is_meta:
+            return False
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        limit = RECOMPUTED_ABOVE[kind if kind in RECOMPUTED_ABOVE else "cpu"]
+        return dtype == output.dtype and (self.num_dendrites > 1 or output.numel() > limit)
 
 
 class _Module(_Layer):

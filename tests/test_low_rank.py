@@ -70,20 +70,24 @@ def test_output_low_rank_equals_formula_with_full_matrices(name, number):
 
 @pytest.mark.parametrize("activation", ["sigmoid", "tanh", "gelu", "identity"])
 @pytest.mark.parametrize("block", [1, 2**17])
-def test_gradients_computed_again_equal_those_of_autograd(activation, block, monkeypatch):
+@pytest.mark.parametrize("number", [1, 3])
+def test_gradients_computed_again_equal_those_of_autograd(number, activation, block, monkeypatch):
     monkeypatch.setattr(formula, "_BLOCK", block)  # one row, or all
-    layer, x = grown("linear", 3, activation=activation)
+    monkeypatch.setitem(layers.RECOMPUTED_ABOVE, "cpu", 0)
+    layer, x = grown("linear", number, activation=activation)
     layer.double()
     x = x.double().requires_grad_()
-    found = torch.autograd.grad(layer(x).square().sum(), [x, *layer.parameters()])
+    trained = [x, *(parameter for parameter in layer.parameters() if parameter.requires_grad)]
+    found = torch.autograd.grad(layer(x).square().sum(), trained)
     monkeypatch.setattr(torch.jit, "is_tracing", lambda: True)  # the same formula, with all tensors saved by autograd
-    expected = torch.autograd.grad(layer(x).square().sum(), [x, *layer.parameters()])
+    expected = torch.autograd.grad(layer(x).square().sum(), trained)
     torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize(("number", "tolerance"), [(1, 3e-6), (3, 3e-5)])
-def test_tanh_of_single_precision_equals_that_of_torch(number, tolerance):
+def test_tanh_of_single_precision_equals_that_of_torch(number, tolerance, monkeypatch):
     """On a CPU it is computed by the sigmoid."""
+    monkeypatch.setitem(layers.RECOMPUTED_ABOVE, "cpu", 0)
     layer, x = grown("linear", number)
     double = copy.deepcopy(layer).double()
     for scale in (1e-4, 1.0, 100.0):
@@ -92,8 +96,10 @@ def test_tanh_of_single_precision_equals_that_of_torch(number, tolerance):
     assert layer(torch.full_like(x, torch.nan)).isnan().all()
 
 
-def test_second_derivative_exists():
-    layer, x = grown("linear", 2)
+@pytest.mark.parametrize("number", [1, 2])
+def test_second_derivative_exists(number, monkeypatch):
+    monkeypatch.setitem(layers.RECOMPUTED_ABOVE, "cpu", 0)
+    layer, x = grown("linear", number)
     layer.double()
     assert torch.autograd.gradgradcheck(layer, (x.double()[:1, :2].requires_grad_(),))
 
@@ -132,12 +138,28 @@ def test_output_is_the_same_with_and_without_gradients():
     assert torch.equal(layer(x), expected)
 
 
-def test_memory_of_the_backward_pass_is_thin():
-    layer, _ = grown("linear", 3)
+@pytest.mark.parametrize(("number", "rows", "is_kept"), [(3, 1000, False), (1, 1000, True), (1, 10_000, False)])
+def test_memory_of_the_backward_pass_is_thin(number, rows, is_kept):
+    """Of large layers, and of several dendrites, nothing of the size of the output is kept."""
+    layer, _ = grown("linear", number)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        layer(torch.randn(1000, 12, requires_grad=True))
-    assert not [t.shape for t in kept if t.numel() == 1000 * 10]  # nothing of the size of the output
+        layer(torch.randn(rows, 12, requires_grad=True))
+    assert any(t.numel() == rows * 10 for t in kept) is is_kept
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_one_dendrite_is_the_same_kept_or_computed_again(autocast, monkeypatch):
+    layer, x = grown("linear", 1)
+    found, trained = [], [parameter for parameter in layer.parameters() if parameter.requires_grad]
+    for limit in (0, 2**60):
+        monkeypatch.setitem(layers.RECOMPUTED_ABOVE, "cpu", limit)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            output = layer(x)
+        found.append([output, *torch.autograd.grad(output.float().square().sum(), trained)])
+    assert found[0][0].dtype is (torch.bfloat16 if autocast else torch.float32)
+    tolerance = {"atol": 0.1, "rtol": 0.05} if autocast else {"atol": 1e-4, "rtol": 1e-5}
+    torch.testing.assert_close(*found, **tolerance)
 
 
 def test_weights_of_full_size_are_never_made():
