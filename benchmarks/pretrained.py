@@ -8,9 +8,11 @@ the mean of its last hidden states. Adapted are all linear layers of the last N 
 
 - Texts are shuffled once. The first ones are the test set, the next ones the validation set. Each seed draws its
   training texts from the rest.
-- Each row has the same number of trials: four learning rates, then one more rate if the best is at the end of the
-  range, then other settings of the best rate, one at a time. The best validation accuracy decides. The head has a
-  separate learning rate, the same in all rows.
+- Each row is searched by the same rule: four learning rates, then one more rate if the best is at the end of the
+  range, then dropout, then the other setting of the row, each with the best values so far. The scale of LoRA's and of a
+  dendrite's output is 2, then 1. The best validation accuracy decides. The head has a separate learning rate, the same
+  in all rows.
+- "one dendrite, identity" uses the settings of tanh, so that the activation is the only difference.
 - Equal parameter count: a dendrite of rank r has as many parameters as LoRA of rank r + 1; DoRA of that rank has a few
   more.
 - Rows that add dendrites start as another row, with its settings: "growing" as one dendrite (tanh), full-rank dendrites
@@ -67,6 +69,7 @@ class Row:
             blocks are trained, too).
         rates (`list[float]`): The first learning rates of the search.
         others (`list[dict]`): Other settings that the search tries.
+        first (`dict`): The settings that it begins with, where they differ from `FIRST`.
         activation (`str`): Activation of the dendrites.
         max_dendrites (`int`): Maximum number of dendrites per layer.
         settings_of (`str`, *optional*): Row whose settings this row uses instead of searching.
@@ -76,6 +79,7 @@ class Row:
     kind: str
     rates: list[float] = field(default_factory=list)
     others: list[dict] = field(default_factory=list)
+    first: dict = field(default_factory=dict)
     activation: str = "sigmoid"
     max_dendrites: int = 1
     settings_of: str | None = None
@@ -84,7 +88,8 @@ class Row:
 
 LOW, MIDDLE, HIGH = ([rate * 2**i for i in range(4)] for rate in (1e-4, 1.25e-3, 5e-3))
 _LORA = [{"dropout": 0.1}, {"alpha": 1}]  # alpha as a multiple of the rank; default 2
-_DENDRITE = [{"dropout": 0.1}, {"init_scale": 2}]  # as alpha of LoRA; default 1
+_DENDRITE = [{"dropout": 0.1}, {"init_scale": 1}]
+_SCALE = {"init_scale": 2}  # as alpha of LoRA
 _FULL = [{"dropout": 0.1}, {"weight_decay": 0.1}]
 HEAD, LORA, DORA, FULL, FULL_RANK = "head alone", "LoRA", "DoRA", "full fine-tuning", "full-rank dendrites added"
 SIGMOID, TANH, GELU, IDENTITY = (f"one dendrite, {name}" for name in ("sigmoid", "tanh", "GELU", "identity"))
@@ -93,10 +98,10 @@ ROWS = {
     HEAD: Row("head", HIGH, _FULL),
     LORA: Row("lora", MIDDLE, _LORA),
     DORA: Row("dora", MIDDLE, _LORA),
-    SIGMOID: Row("dendrite", HIGH, [{"dropout": 0.1}, {"init_scale": 0.3}], "sigmoid"),  # starts in another way
-    TANH: Row("dendrite", MIDDLE, _DENDRITE, "tanh"),
-    GELU: Row("dendrite", MIDDLE, _DENDRITE, "gelu"),
-    IDENTITY: Row("dendrite", MIDDLE, _DENDRITE, "identity"),
+    SIGMOID: Row("dendrite", HIGH, [{"dropout": 0.1}, {"init_scale": 0.3}]),  # starts in another way; default 0.1
+    TANH: Row("dendrite", MIDDLE, _DENDRITE, _SCALE, "tanh"),
+    GELU: Row("dendrite", MIDDLE, _DENDRITE, _SCALE, "gelu"),
+    IDENTITY: Row("dendrite", activation="identity", settings_of=TANH),
     GROWING: Row("dendrite", activation="tanh", max_dendrites=MAX_DENDRITES, settings_of=TANH),
     AS_LONG: Row("dendrite", activation="tanh", settings_of=TANH, as_long_as=GROWING),
     FULL: Row("full", LOW, _FULL),
@@ -116,14 +121,15 @@ def next_trial(row: Row, done: list[tuple[dict, float]]) -> dict | None:
     Returns:
         `dict`, *optional*: None if the search is complete.
     """
+    first = FIRST | row.first
     if len(done) < len(row.rates):
-        return FIRST | {"rate": row.rates[len(done)]}
+        return first | {"rate": row.rates[len(done)]}
     best = max(done, key=lambda trial: trial[1])[0]
     rates = sorted({settings["rate"] for settings, _ in done})
     if len(done) == len(row.rates) and best["rate"] in (rates[0], rates[-1]):
         return best | {"rate": best["rate"] * (2 if best["rate"] == rates[-1] else 0.5)}
     for other in row.others:
-        if all(settings[name] == FIRST[name] for settings, _ in done for name in other):
+        if all(settings[name] == first[name] for settings, _ in done for name in other):
             return best | other
     return None
 
@@ -644,7 +650,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
     parser.add_argument("--seeds", type=int, nargs="*", default=list(range(10)))
     parser.add_argument("--search_seeds", type=int, nargs="+", default=[100, 101])
-    parser.add_argument("--trials", type=int, default=6, help="maximum number of settings tried per row")
+    parser.add_argument("--trials", type=int, default=7, help="maximum number of settings tried per row")
     parser.add_argument(
         "--settings_from", type=int, nargs=2, metavar=("BLOCKS", "TEXTS"), help="search here only; default: everywhere"
     )
