@@ -72,8 +72,8 @@ def second_factors(hidden, up, bias, dtype, dim):
     product = (F.linear, F.conv1d, F.conv2d, F.conv3d)[len(ones)]
     up = up.transpose(1, 2)
     up = _each(up.reshape(*up.shape, *ones) if ones else up)
-    parts = zip(split_equally(hidden, len(up), dim), up, _each(bias))  # noqa: B905
-    return [product(part, up, bias).to(dtype) for part, up, bias in parts]
+    parts = hidden.chunk(len(up), dim) if len(up) > 1 else [hidden]
+    return [product(part, up, bias).to(dtype) for part, up, bias in zip(parts, up, _each(bias))]  # noqa: B905
 
 
 _BLOCK = 2**18  # numbers of all dendrites: what a CPU's cache holds several times
