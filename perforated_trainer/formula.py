@@ -77,13 +77,12 @@ def second_factors(hidden, up, bias, dtype, dim):
 
 
 _BLOCK = 2**18  # numbers of all dendrites: what a CPU's cache holds several times
-# The gradient of an activation from its value, into a tensor that is there.
-_GRADIENTS = {
-    torch.sigmoid: torch.ops.aten.sigmoid_backward.grad_input,
-    torch.tanh: torch.ops.aten.tanh_backward.grad_input,
-    _identity: lambda gradient, value, grad_input: None,  # it is there
+# Activations whose gradient is known from their value: how both are computed in place.
+_IN_PLACE = {
+    torch.sigmoid: (torch.sigmoid_, torch.ops.aten.sigmoid_backward.grad_input),
+    torch.tanh: (torch.tanh_, torch.ops.aten.tanh_backward.grad_input),
+    _identity: (_identity, lambda gradient, value, grad_input: None),
 }
-_IN_PLACE = {torch.sigmoid: torch.sigmoid_, torch.tanh: torch.tanh_, _identity: _identity}
 
 
 class Recomputed(torch.autograd.Function):
@@ -119,7 +118,7 @@ class Recomputed(torch.autograd.Function):
             return None, gradient, *(next(found) if value.requires_grad else None for value in ctx.saved_tensors)
         exact = torch.promote_types(rows.dtype, torch.float32)  # for sums over rows
         of_hidden, of_own, pairs, factors = [], None, between.unbind(), to_output.unsqueeze(1)
-        slope = _GRADIENTS.get(ctx.activation)
+        slope = _IN_PLACE.get(ctx.activation, (None, None))[1]
         with torch.autocast(rows.device.type, enabled=False):
             for block, part, values, graphs in _blocks(hidden, up, bias, between, rows.shape, ctx.activation, slope):
                 above, each = rows[block], values.unbind()
@@ -171,7 +170,7 @@ def _blocks(hidden, up, bias, between, shape, activation, slope=True):
                 torch.add(minus_one, total.sigmoid_(), alpha=2, out=total)
                 continue
             elif activation in _IN_PLACE:
-                _IN_PLACE[activation](total)
+                _IN_PLACE[activation][0](total)
                 continue
             else:
                 total = activation(total)
