@@ -12,6 +12,8 @@ the mean of its last hidden states. Adapted are all linear layers of the last N 
   range, then dropout, then the other setting of the row, each with the best values so far. The scale of LoRA's and of a
   dendrite's output is 2, then 1. The best validation accuracy decides. The head has a separate learning rate, the same
   in all rows.
+- A row that was run with several settings, because other searches chose them, is reported with those whose mean
+  validation accuracy over all its seeds is best.
 - "one dendrite, identity" uses the settings of tanh, so that the activation is the only difference.
 - Equal parameter count: a dendrite of rank r has as many parameters as LoRA of rank r + 1; DoRA of that rank has a few
   more.
@@ -473,8 +475,7 @@ def difference(one: list[dict], other: list[dict]) -> tuple[str, str, int]:
 
 
 def print_tables(records: list[dict]) -> None:
-    key = "row blocks train_texts rank seed".split()
-    finished = {tuple(r[name] for name in key): r for r in records if not r["search"]}.values()  # the last one is used
+    finished = [record for record in records if not record["search"]]
     for blocks, train_texts, rank in sorted({(r["blocks"], r["train_texts"], r["rank"]) for r in finished}):
         if not blocks:
             continue
@@ -488,9 +489,45 @@ def print_tables(records: list[dict]) -> None:
             ]
             for name in ROWS
         }
-        print_results(f"{blocks} blocks adapted, {train_texts:,} training texts, rank {rank}", here)
-        print_pairs(here)
+        best = {name: with_best_settings(found) for name, found in here.items()}
+        if same := [run for run in here[IDENTITY] if best[TANH] and run["settings"] == best[TANH][0]["settings"]]:
+            best[IDENTITY] = with_best_settings(same)
+        print_results(f"{blocks} blocks adapted, {train_texts:,} training texts, rank {rank}", best)
+        print_pairs(best)
     print_settings(records)
+    print_other_settings(records)
+
+
+def with_best_settings(runs: list[dict]) -> list[dict]:
+    """Of the runs of a row, those with the settings that most seeds have, then the best mean validation accuracy."""
+    by_settings = {}
+    for run in runs:
+        by_settings.setdefault(json.dumps(run["settings"]), {})[run["seed"]] = run
+    groups = [list(group.values()) for group in by_settings.values()]
+    return max(groups, key=lambda group: (len(group), mean(group, "validation_accuracy")), default=[])
+
+
+def print_other_settings(records: list[dict]) -> None:
+    """Print the accuracy of rows that were run with several settings: what the search can gain or lose."""
+    found = {}
+    for record in records:
+        if not record["search"] and record["blocks"]:
+            place = record["blocks"], record["train_texts"], record["rank"], record["row"]
+            found.setdefault(place, {}).setdefault(json.dumps(record["settings"]), []).append(record)
+    found = {place: runs for place, runs in sorted(found.items()) if len(runs) > 1}
+    if found:
+        print("\n| blocks | texts | rank | trained | settings | seeds | validation accuracy, % | test accuracy, % |")
+        print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    for place, by_settings in found.items():
+        for settings, runs in by_settings.items():
+            scores = [f"{100 * mean(runs, f'{part}_accuracy'):.2f}" for part in ("validation", "test")]
+            print("|", " | ".join(map(str, (*place, described(json.loads(settings)), len(runs), *scores))), "|")
+
+
+def described(settings: dict) -> str:
+    """The rate, and what differs from `FIRST`."""
+    others = [f"{key} {settings[key]:g}" for key in FIRST if settings[key] != FIRST[key]]
+    return ", ".join([f"{settings['rate']:g}", *others])
 
 
 def mean(runs: list[dict], name: str) -> float:
@@ -520,8 +557,11 @@ def print_results(title: str, runs: dict[str, list[dict]]) -> None:
 
 def print_pairs(runs: dict[str, list[dict]]) -> None:
     """Print the effects of the activation and of adding dendrites."""
-    pairs = [(name, IDENTITY) for name in (SIGMOID, TANH, GELU)] + [(IDENTITY, LORA), (GROWING, TANH)]
+    pairs = [(TANH, IDENTITY), (TANH, GELU), (TANH, SIGMOID), (TANH, LORA), (TANH, DORA), (GROWING, TANH)]
     pairs += [(GROWING, AS_LONG), (FULL_RANK, FULL_AS_LONG)]
+    of_same = {(TANH, IDENTITY), (GROWING, TANH)}  # with the same settings only
+    settings = {name: [run["settings"] for run in found] for name, found in runs.items()}
+    pairs = [(a, b) for a, b in pairs if (a, b) not in of_same or settings[a][:1] == settings[b][:1]]
     pairs = [pair for pair in pairs if difference(runs[pair[0]], runs[pair[1]])[2]]
     if pairs:
         print("\n| difference in test accuracy, points | seeds | over seeds | over test texts |")
@@ -536,15 +576,14 @@ def print_settings(records: list[dict]) -> None:
     trials = [record for record in records if record["search"]]
     places = sorted({(r["blocks"], r["train_texts"], r["rank"]) for r in trials})
     if places:
-        print("\n| settings, by validation | blocks | texts | trials | rate | others | validation accuracy, % |")
+        print("\n| settings, by validation | blocks | texts | rank | trials | rate, others | validation accuracy, % |")
         print("| --- | --- | --- | --- | --- | --- | --- |")
     for place in places:
         for name in ROWS:
             done = trials_of(records, dict(zip(("blocks", "train_texts", "rank"), place, strict=True)) | {"row": name})
             if done:
                 settings, score = best_trial(done)
-                others = ", ".join(f"{key} {settings[key]:g}" for key in FIRST if settings[key] != FIRST[key]) or "-"
-                cells = name, *place[:2], len(done), f"{settings['rate']:g}", others, f"{100 * score[0]:.1f}"
+                cells = name, *place, len(done), described(settings), f"{100 * score[0]:.1f}"
                 print("|", " | ".join(map(str, cells)), "|")
 
 

@@ -105,6 +105,15 @@ def test_next_trial_rates_then_one_change_at_a_time(alpha):
     assert pretrained.next_trial(row, done) is None
 
 
+def test_with_best_settings_most_seeds_then_validation():
+    def runs(rate, *scores):
+        return [{"settings": {"rate": rate}, "seed": i, "validation_accuracy": s} for i, s in enumerate(scores)]
+
+    two, three, better = runs(1, 0.9, 0.9), runs(2, 0.5, 0.6, 0.7), runs(3, 0.6, 0.7, 0.8)
+    assert pretrained.with_best_settings(two + three + better) == better
+    assert pretrained.with_best_settings([]) == []
+
+
 def test_difference_pairs_seeds_and_texts():
     def run(seed, bits):
         return {"seed": seed, "test_accuracy": sum(bits) / len(bits), "correct": pretrained.bits_to_hex(bits)}
