@@ -28,7 +28,7 @@ the mean of its last hidden states. Adapted are all linear layers of the last N 
 Appends one JSON line per run to the results, with one bit per test text (classified correctly or not), so that paired
 intervals can be computed from the records. Recorded runs are skipped: it can be stopped and started again at any time.
 Two processes can share the work: first run the search (`--seeds` without a number), then some of the seeds in each.
-Estimated time on one idle core: 5 hours for the last two blocks, 15 for all; `--settings_from 2 1000` saves a third.
+Estimated time on one idle core: 7 hours for the last two blocks, 20 for all; `--settings_from 2 1000` saves a third.
 """
 
 import argparse
@@ -498,12 +498,17 @@ def print_tables(records: list[dict]) -> None:
     print_other_settings(records)
 
 
+def by_settings(runs: list[dict]) -> dict[str, list[dict]]:
+    """Runs by their settings as JSON, one per seed: the last one."""
+    found = {}
+    for run in runs:
+        found.setdefault(json.dumps(run["settings"]), {})[run["seed"]] = run
+    return {settings: list(group.values()) for settings, group in found.items()}
+
+
 def with_best_settings(runs: list[dict]) -> list[dict]:
     """Of the runs of a row, those with the settings that most seeds have, then the best mean validation accuracy."""
-    by_settings = {}
-    for run in runs:
-        by_settings.setdefault(json.dumps(run["settings"]), {})[run["seed"]] = run
-    groups = [list(group.values()) for group in by_settings.values()]
+    groups = by_settings(runs).values()
     return max(groups, key=lambda group: (len(group), mean(group, "validation_accuracy")), default=[])
 
 
@@ -513,13 +518,13 @@ def print_other_settings(records: list[dict]) -> None:
     for record in records:
         if not record["search"] and record["blocks"]:
             place = record["blocks"], record["train_texts"], record["rank"], record["row"]
-            found.setdefault(place, {}).setdefault(json.dumps(record["settings"]), []).append(record)
-    found = {place: runs for place, runs in sorted(found.items()) if len(runs) > 1}
+            found.setdefault(place, []).append(record)
+    found = {place: groups for place, runs in sorted(found.items()) if len(groups := by_settings(runs)) > 1}
     if found:
         print("\n| blocks | texts | rank | trained | settings | seeds | validation accuracy, % | test accuracy, % |")
         print("| --- | --- | --- | --- | --- | --- | --- | --- |")
-    for place, by_settings in found.items():
-        for settings, runs in by_settings.items():
+    for place, groups in found.items():
+        for settings, runs in groups.items():
             scores = [f"{100 * mean(runs, f'{part}_accuracy'):.2f}" for part in ("validation", "test")]
             print("|", " | ".join(map(str, (*place, described(json.loads(settings)), len(runs), *scores))), "|")
 
@@ -559,10 +564,13 @@ def print_pairs(runs: dict[str, list[dict]]) -> None:
     """Print the effects of the activation and of adding dendrites."""
     pairs = [(TANH, IDENTITY), (TANH, GELU), (TANH, SIGMOID), (TANH, LORA), (TANH, DORA), (GROWING, TANH)]
     pairs += [(GROWING, AS_LONG), (FULL_RANK, FULL_AS_LONG)]
-    of_same = {(TANH, IDENTITY), (GROWING, TANH)}  # with the same settings only
-    settings = {name: [run["settings"] for run in found] for name, found in runs.items()}
-    pairs = [(a, b) for a, b in pairs if (a, b) not in of_same or settings[a][:1] == settings[b][:1]]
     pairs = [pair for pair in pairs if difference(runs[pair[0]], runs[pair[1]])[2]]
+    pairs = [  # a row with the settings of the other one, only if both have them
+        (one, other)
+        for one, other in pairs
+        if runs[one][0]["settings"] == runs[other][0]["settings"]
+        or (ROWS[one].settings_of != other and ROWS[other].settings_of != one)
+    ]
     if pairs:
         print("\n| difference in test accuracy, points | seeds | over seeds | over test texts |")
         print("| --- | --- | --- | --- |")
@@ -596,10 +604,8 @@ def matching(records: list[dict], job: dict) -> list[dict]:
 
 def trials_of(records: list[dict], job: dict) -> list[tuple[dict, tuple[float, float]]]:
     """Settings and validation scores of the recorded trials of a job, in order."""
-    found = {}
-    for record in matching(records, job | {"search": True}):
-        found.setdefault(json.dumps(record["settings"]), []).append(record)
-    return [(json.loads(name), validation_score(runs)) for name, runs in found.items()]
+    found = by_settings(matching(records, job | {"search": True}))
+    return [(json.loads(settings), validation_score(runs)) for settings, runs in found.items()]
 
 
 def validation_score(runs: list[dict]) -> tuple[float, float]:
