@@ -17,8 +17,8 @@ the mean of its last hidden states. Adapted are all linear layers of the last N 
 - "one dendrite, identity" uses the settings of tanh, so that the activation is the only difference.
 - Equal parameter count: a dendrite of rank r has as many parameters as LoRA of rank r + 1; DoRA of that rank has a few
   more.
-- Rows that add dendrites start as another row, with its settings: "growing" as one dendrite (tanh), full-rank dendrites
-  as full fine-tuning.
+- Rows that add dendrites start as another row, with the settings that it is reported with if it was run already:
+  "growing" as one dendrite (tanh), full-rank dendrites as full fine-tuning.
 - One training: AdamW, batch 32, warm-up of a tenth, linear decay, gradients clipped at 1; 8, 4, 2 epochs for 250,
   1,000, 4,000 texts. Rows that add dendrites repeat it after each. "trained as long" repeats it equally often without
   adding dendrites, each time from the best weights so far: the step-matched baseline.
@@ -660,6 +660,16 @@ class Campaign:
             done.append((settings, validation_score(runs)))
         return best_trial(done)[0]
 
+    def settings_of(self, source: dict, searched: dict) -> dict:
+        """Settings of the row that another row starts as.
+
+        Args:
+            source (`dict`): Job of the row: the settings that it is reported with, if it was run.
+            searched (`dict`): Job of its search: otherwise the result of that.
+        """
+        reported = with_best_settings(matching(self.records(), source | {"search": False}))
+        return reported[0]["settings"] if reported else self.search(searched)
+
     def run(self) -> None:
         everywhere = len(self.texts.encoder.encoder.layer)
         for blocks, train_texts in itertools.product(self.args.blocks, self.args.train_texts):
@@ -670,8 +680,12 @@ class Campaign:
                 own = {"row": name, "rank": self.args.rank}
                 jobs[name] = own | {"blocks": blocks, "train_texts": train_texts}
                 if name in self.args.rows:
-                    searched = own | there | {"row": row.settings_of or name}
-                    settings[name] = self.search(searched | _everywhere(name))
+                    source = {"row": row.settings_of or name}
+                    searched = own | there | source | _everywhere(name)
+                    if row.settings_of:
+                        settings[name] = self.settings_of(jobs[name] | source, searched)
+                    else:
+                        settings[name] = self.search(searched)
                 jobs[name] |= _everywhere(name)
             for seed, name in itertools.product(self.args.seeds, self.args.rows):
                 job, cycles = {"settings": settings[name], "seed": seed, "search": False}, None

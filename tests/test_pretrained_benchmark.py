@@ -90,6 +90,18 @@ def test_benchmark_tiny_model_records_all_rows_once(call, data, tmp_path):
     assert call("--table") == again[again.index("\n2 blocks adapted") :]
 
 
+def test_growing_row_uses_the_settings_that_its_row_is_reported_with(call, tmp_path):
+    results = tmp_path / "pretrained.jsonl"
+    call("--seeds", 0, "--rows", pretrained.TANH)
+    run = read(results)[-1]
+    better = run | {"settings": run["settings"] | {"rate": 0.02}, "validation_accuracy": 1.5}
+    with results.open("a") as file:
+        file.write(json.dumps(better) + "\n")
+    call("--seeds", 0, "--rows", pretrained.GROWING)
+    assert read(results)[-1]["row"] == pretrained.GROWING
+    assert read(results)[-1]["settings"] == better["settings"]
+
+
 @pytest.mark.parametrize("alpha", [2, 3])
 def test_next_trial_rates_then_one_change_at_a_time(alpha):
     row = pretrained.Row("lora", [1.0, 2.0], [{"dropout": 0.1}, {"alpha": 1}], {"alpha": alpha})
