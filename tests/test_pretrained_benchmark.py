@@ -59,10 +59,15 @@ def test_benchmark_tiny_model_records_all_rows_once(call, data, tmp_path):
     results = tmp_path / "pretrained.jsonl"
     first = call("--seeds", 0)
     records = read(results)
-    final = {record["row"]: record for record in records if not record["search"]}
-    assert list(final) == list(pretrained.ROWS)
-    assert len(records) == len(final) + 2 * 7  # seven rows have a separate search
-    assert final[pretrained.IDENTITY]["settings"] == final[pretrained.TANH]["settings"]
+    runs = [record for record in records if not record["search"]]
+    final = {record["row"]: record for record in runs}
+    assert set(final) == set(pretrained.ROWS) and set(list(final)[-4:]) == set(pretrained.ADDING)
+    assert len(records) - len(runs) == 2 * 7  # seven rows have a separate search
+    assert len(runs) == 2 * 8 + 4  # two candidates of each row, one of each row that adds dendrites
+    settings = [
+        [run["settings"] for run in runs if run["row"] == name] for name in (pretrained.IDENTITY, pretrained.TANH)
+    ]
+    assert settings[0] == settings[1]
     numbers = {name: record["trained_parameters"] for name, record in final.items()}
     assert (
         numbers[pretrained.LORA] == numbers[pretrained.TANH] == numbers[pretrained.IDENTITY] < numbers[pretrained.DORA]
@@ -86,7 +91,7 @@ def test_benchmark_tiny_model_records_all_rows_once(call, data, tmp_path):
     )
     written = results.read_bytes()
     assert str(data).encode() not in written and str(ROOT).encode() not in written
-    assert first.count("| LoRA |") == 2  # results and settings
+    assert first.count("| LoRA |") == 4  # results, settings, both candidates
     assert call("--table") == again[again.index("\n2 blocks adapted") :]
 
 
