@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from . import convert, layers, modules, parameter_count, sharing
+from . import blocks, convert, layers, modules, parameter_count, sharing
 from .arguments import DendriteArguments, PerforatedError
 from .checkpoint import read_json, write_whole
 from .pai import PAITracker
@@ -250,7 +250,7 @@ class Growth:
             layer = self._resize(name, self._number(name) + 1)
             layers.set_dendrite(layer, layer.num_dendrites - 1, **self.library.new_dendrite(layer))
             layer.train(training)
-        layers.compute_in_full(self.model)
+        blocks.compute_in_full(self.model)
         self._best_is_here = False
         self.unused |= frozen
 
@@ -264,13 +264,13 @@ class Growth:
             joined = hasattr(layer, "joined_norm")
             layers.resize_dendrites(layer, number)
             if not number and joined:
-                layers.separate(self.model, name)
+                blocks.separate(self.model, name)
         elif number:
             dim, neurons = self._dimensions.get(name, (None, None))
             if self._is_block(name) and dim is None:  # initial dendrites, before a first output
                 dim, neurons = convert.dimension_of_neurons(layer), parameter_count.neurons_of(layer)
             if norm := self.plan.norms.get(name):
-                layer = layers.join(self.model, name, norm)
+                layer = blocks.join(self.model, name, norm)
             activation, rank = self.args.activation, self.args.dendrite_rank
             layers.add_dendrites(layer, number, dim, activation, neurons, rank)
         return layer
@@ -302,7 +302,7 @@ class Growth:
         for name in dict.fromkeys([*self._numbers(), *numbers]):
             if self._number(name) != numbers.get(name, 0):
                 self._resize(name, numbers.get(name, 0))
-        layers.compute_in_full(self.model)
+        blocks.compute_in_full(self.model)
 
     @torch.no_grad()
     def restore_best(self) -> None:

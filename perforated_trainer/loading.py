@@ -19,7 +19,8 @@ from torch import nn
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
-from .layers import compute_in_full, has_dendrites, is_of_dendrite, layers_with_dendrites, remove_dendrites, separate
+from .blocks import compute_in_full, separate
+from .layers import has_dendrites, is_of_dendrite, layers_with_dendrites, remove_dendrites
 from .saving import FORMAT, METHOD, DendriteConfig, make_dendritic
 from .sharing import check_base, read_base
 

@@ -17,15 +17,14 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .blocks import compute_in_full, join
 from .layers import (
     _Reduced,
     add_dendrites,
     can_fuse,
-    compute_in_full,
     dendrite_class,
     has_dendrites,
     is_of_dendrite,
-    join,
     layers_with_dendrites,
 )
 from .sharing import BASE, base_of, fingerprints, frozen_part, trained_part
@@ -38,7 +37,9 @@ STOCK_NAMES = "model.safetensors", "model.safetensors.index.json"
 _VARIANT_INDEX = "model.safetensors.index.dendrites.json"  # what save_pretrained(variant="dendrites") calls the index
 CODE = "dendrite_loading"  # name of the copy of loading.py in the folder of a model
 # What is copied, and its name there.
-CODE_FILES = {f"{name}.py": f"dendrite_{name}.py" for name in ("formula", "layers", "sharing", "saving", "loading")}
+CODE_FILES = {
+    f"{name}.py": f"dendrite_{name}.py" for name in ("formula", "layers", "blocks", "sharing", "saving", "loading")
+}
 
 
 class DendriteConfig(QuantizationConfigMixin):

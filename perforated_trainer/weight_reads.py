@@ -25,7 +25,7 @@ _WHEN_MADE = set(
     "reset_parameters _reset_parameters tie_weights extra_repr".split()
 )
 _QUESTIONS = {"isinstance", "hasattr", "getattr", "type", "id", "len"}
-# Their classes read the weights of layers on a fast path, which `layers.compute_in_full` switches off.
+# Their classes read the weights of layers on a fast path, which `blocks.compute_in_full` switches off.
 _COMPUTED_IN_FULL = nn.TransformerEncoderLayer, nn.TransformerEncoder
 
 

@@ -13,7 +13,7 @@ MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
 # Packages that only one module may import.
 ALONE = {"perforatedai": "pai", "matplotlib": "plot"}
 # Copies of these are saved with models: they import no other module of the package.
-SAVED_WITH_MODELS = ["formula", "layers", "loading", "saving", "sharing"]
+SAVED_WITH_MODELS = ["blocks", "formula", "layers", "loading", "saving", "sharing"]
 STANDARD_LIBRARY_ONLY = ["policy", "checkpoint"]  # and other modules of the package
 # Private methods of other libraries that are overridden or called on self, which is how those are extended.
 # `test_compat.py` checks each of them.

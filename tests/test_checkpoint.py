@@ -196,7 +196,7 @@ def test_begin_unfinished_checkpoint_starts_empty(tmp_path):
     training_args.bin generation_config.json model.dendrites.safetensors
     model.safetensors.index.dendrites.json network.safetensors best_model.safetensors
     dendrite_state.json dendrites.json adapter_model.safetensors adapter_config.json dendrite_formula.py
-    dendrite_saving.py dendrite_layers.py dendrite_loading.py modeling_mnist.py tokenizer.json
+    dendrite_saving.py dendrite_layers.py dendrite_blocks.py dendrite_loading.py modeling_mnist.py tokenizer.json
     tokenizer_config.json vocab.txt preprocessor_config.json .perforated-0123456789abcdef.json
     """
     for name in names.split():

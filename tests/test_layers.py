@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 from transformers.pytorch_utils import Conv1D
 
-from perforated_trainer import layers
+from perforated_trainer import blocks, layers
 
 torch.set_num_threads(1)
 LAYERS = {
@@ -385,7 +385,7 @@ def test_transformer_encoder_evaluates_with_its_dendrites(nested, norm_first, pa
             layers.add_dendrites(part, 2)
             for name, parameter in part.named_parameters():
                 nn.init.normal_(parameter) if "dendrite" in name else None
-    layers.compute_in_full(model)
+    blocks.compute_in_full(model)
     for same in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         model = same
         torch.testing.assert_close(*compute(), atol=1e-5, rtol=1e-4)
@@ -405,7 +405,7 @@ def test_zero_dendrites_leave_a_padded_encoder_as_it_is_and_removed_ones_its_fas
 
     @torch.no_grad()
     def compute():
-        layers.compute_in_full(model)
+        blocks.compute_in_full(model)
         return model(x, src_key_padding_mask=padded)
 
     before, expected = [set(vars(part)) for part in model.modules()], compute()
@@ -432,16 +432,16 @@ def test_join_and_separate_give_back_the_model():
     model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU())
     names, x = list(model.state_dict()), torch.randn(2, 3, 5, 5)
     expected = model.eval()(x)
-    block = layers.join(model, "0", "1")
+    block = blocks.join(model, "0", "1")
     assert torch.equal(model(x), expected) and isinstance(model[1], nn.Identity) and len(block) == 2
     layers.add_dendrites(block, 2, dim=-3, neurons=6)
     assert torch.equal(model.eval()(x), expected) and len(block) == 2
     layers.remove_dendrites(block)
-    layers.separate(model, "0")
+    blocks.separate(model, "0")
     assert list(model.state_dict()) == names and torch.equal(model(x), expected)
     for name, norm in (("0", "3"), ("4", "1"), ("0", "0")):
         with pytest.raises(ValueError, match="There are no modules"):
-            layers.join(model, name, norm)
+            blocks.join(model, name, norm)
 
 
 def test_sequential_with_dendrites_iterates_over_its_own_modules():
