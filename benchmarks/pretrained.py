@@ -479,25 +479,24 @@ def difference(one: list[dict], other: list[dict]) -> tuple[str, str, int]:
 def print_tables(records: list[dict]) -> None:
     finished = [record for record in records if not record["search"]]
     for blocks, train_texts, rank in sorted({(r["blocks"], r["train_texts"], r["rank"]) for r in finished}):
-        if not blocks:
-            continue
-        here = {
-            name: [
-                r
-                for r in finished
-                if r["row"] == name
-                and r["train_texts"] == train_texts
-                and (r["blocks"], r["rank"]) in ((blocks, rank), (0, 0))
-            ]
-            for name in ROWS
-        }
-        best = {name: with_best_settings(found) for name, found in here.items()}
-        if same := [run for run in here[IDENTITY] if best[TANH] and run["settings"] == best[TANH][0]["settings"]]:
-            best[IDENTITY] = with_best_settings(same)
-        print_results(f"{blocks} blocks adapted, {train_texts:,} training texts, rank {rank}", best)
-        print_pairs(best)
+        if blocks:
+            runs = reported_runs(finished, blocks, train_texts, rank)
+            print_results(f"{blocks} blocks adapted, {train_texts:,} training texts, rank {rank}", runs)
+            print_pairs(runs)
     print_settings(records)
     print_other_settings(records)
+
+
+def reported_runs(finished: list[dict], blocks: int, train_texts: int, rank: int) -> dict[str, list[dict]]:
+    """For each row, the runs with the settings that it is reported with. The identity has those of tanh."""
+    runs = {}
+    for name in ROWS:
+        job = {"row": name, "blocks": blocks, "train_texts": train_texts, "rank": rank} | _everywhere(name)
+        found = matching(finished, job)
+        if name == IDENTITY and runs[TANH]:
+            found = matching(found, {"settings": runs[TANH][0]["settings"]}) or found
+        runs[name] = with_best_settings(found)
+    return runs
 
 
 def by_settings(runs: list[dict]) -> dict[str, list[dict]]:
