@@ -29,7 +29,7 @@ Appends one JSON line per run to the results, with one bit per test text (classi
 intervals can be computed from the records. Recorded runs are skipped: it can be stopped and started again at any time.
 Several processes can share the work: first run the search (`--seeds` without a number), then some of the rows or seeds
 in each, the rows that add dendrites last.
-Estimated time on one idle core: 7 hours for the last two blocks, 20 for all; `--settings_from 2 1000` saves a third.
+Estimated time on one idle core: 7 hours for the last two blocks, 22 for all; `--settings_from 2 1000` saves a quarter.
 """
 
 import argparse
@@ -510,7 +510,7 @@ def by_settings(runs: list[dict]) -> dict[str, list[dict]]:
 def with_best_settings(runs: list[dict]) -> list[dict]:
     """Of the runs of a row, those with the settings that most seeds have, then the best mean validation accuracy."""
     groups = by_settings(runs).values()
-    return max(groups, key=lambda group: (len(group), mean(group, "validation_accuracy")), default=[])
+    return max(groups, key=lambda group: (len(group), *validation_score(group)), default=[])
 
 
 def print_other_settings(records: list[dict]) -> None:
@@ -581,11 +581,11 @@ def print_pairs(runs: dict[str, list[dict]]) -> None:
 
 
 def print_settings(records: list[dict]) -> None:
-    """Print the settings that the search chose."""
+    """Print the best trial of each search. A row may be reported with another candidate."""
     trials = [record for record in records if record["search"]]
     places = sorted({(r["blocks"], r["train_texts"], r["rank"]) for r in trials})
     if places:
-        print("\n| settings, by validation | blocks | texts | rank | trials | rate, others | validation accuracy, % |")
+        print("\n| search of | blocks | texts | rank | trials | best one: rate, others | validation accuracy, % |")
         print("| --- | --- | --- | --- | --- | --- | --- |")
     for place in places:
         for name in ROWS:
@@ -611,7 +611,7 @@ def trials_of(records: list[dict], job: dict) -> list[tuple[dict, tuple[float, f
 
 def validation_score(runs: list[dict]) -> tuple[float, float]:
     """Score that ranks settings: mean validation accuracy, and the negative loss for ties."""
-    return mean(runs, "validation_accuracy"), -mean(runs, "validation_loss")
+    return round(mean(runs, "validation_accuracy"), 6), -mean(runs, "validation_loss")
 
 
 def best_trial(done: list[tuple[dict, tuple]]) -> tuple[dict, tuple]:

@@ -123,11 +123,16 @@ def test_next_trial_rates_then_one_change_at_a_time(alpha):
 
 
 def test_with_best_settings_most_seeds_then_validation():
-    def runs(rate, *scores):
-        return [{"settings": {"rate": rate}, "seed": i, "validation_accuracy": s} for i, s in enumerate(scores)]
+    def runs(rate, *scores, loss=1.0):
+        return [
+            {"settings": {"rate": rate}, "seed": i, "validation_accuracy": score, "validation_loss": loss}
+            for i, score in enumerate(scores)
+        ]
 
     two, three, better = runs(1, 0.9, 0.9), runs(2, 0.5, 0.6, 0.7), runs(3, 0.6, 0.7, 0.8)
     assert pretrained.with_best_settings(two + three + better) == better
+    same = runs(4, 0.8, 0.7, 0.6, loss=0.9)  # another order of a sum; the loss decides
+    assert pretrained.with_best_settings(better + same) == same
     assert pretrained.with_best_settings([]) == []
 
 
