@@ -128,7 +128,7 @@ def next_trial(row: Row, done: list[tuple[dict, float]]) -> dict | None:
     first = FIRST | row.first
     if len(done) < len(row.rates):
         return first | {"rate": row.rates[len(done)]}
-    best = max(done, key=lambda trial: trial[1])[0]
+    best = ranked(done)[0][0]
     rates = sorted({settings["rate"] for settings, _ in done})
     if len(done) == len(row.rates) and best["rate"] in (rates[0], rates[-1]):
         return best | {"rate": best["rate"] * (2 if best["rate"] == rates[-1] else 0.5)}
@@ -136,6 +136,16 @@ def next_trial(row: Row, done: list[tuple[dict, float]]) -> dict | None:
         if all(settings[name] == first[name] for settings, _ in done for name in other):
             return best | other
     return None
+
+
+def ranked(done: list[tuple[dict, tuple]]) -> list[tuple[dict, tuple]]:
+    """Trials, settings and validation score, best first."""
+    return sorted(done, key=lambda trial: trial[1], reverse=True)
+
+
+def source_of(name: str) -> str:
+    """The row whose settings a row uses: itself, or another one."""
+    return ROWS[name].settings_of or name
 
 
 def epochs_of(train_texts: int) -> int:
@@ -499,18 +509,17 @@ def reported_runs(finished: list[dict], blocks: int, train_texts: int, rank: int
     return runs
 
 
-def by_settings(runs: list[dict]) -> dict[str, list[dict]]:
-    """Runs by their settings as JSON, one per seed: the last one."""
+def by_settings(runs: list[dict]) -> list[list[dict]]:
+    """Runs, those with the same settings together, one per seed: the last one."""
     found = {}
     for run in runs:
         found.setdefault(json.dumps(run["settings"]), {})[run["seed"]] = run
-    return {settings: list(group.values()) for settings, group in found.items()}
+    return [list(group.values()) for group in found.values()]
 
 
 def with_best_settings(runs: list[dict]) -> list[dict]:
     """Of the runs of a row, those with the settings that most seeds have, then the best mean validation accuracy."""
-    groups = by_settings(runs).values()
-    return max(groups, key=lambda group: (len(group), *validation_score(group)), default=[])
+    return max(by_settings(runs), key=lambda group: (len(group), *validation_score(group)), default=[])
 
 
 def print_other_settings(records: list[dict]) -> None:
@@ -525,9 +534,9 @@ def print_other_settings(records: list[dict]) -> None:
         print("\n| blocks | texts | rank | trained | settings | seeds | validation accuracy, % | test accuracy, % |")
         print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for place, groups in found.items():
-        for settings, runs in groups.items():
+        for runs in groups:
             scores = [f"{100 * mean(runs, f'{part}_accuracy'):.2f}" for part in ("validation", "test")]
-            print("|", " | ".join(map(str, (*place, described(json.loads(settings)), len(runs), *scores))), "|")
+            print("|", " | ".join(map(str, (*place, described(runs[0]["settings"]), len(runs), *scores))), "|")
 
 
 def described(settings: dict) -> str:
@@ -566,11 +575,10 @@ def print_pairs(runs: dict[str, list[dict]]) -> None:
     pairs = [(TANH, IDENTITY), (TANH, GELU), (TANH, SIGMOID), (TANH, LORA), (TANH, DORA), (GROWING, TANH)]
     pairs += [(GROWING, AS_LONG), (FULL_RANK, FULL_AS_LONG)]
     pairs = [pair for pair in pairs if difference(runs[pair[0]], runs[pair[1]])[2]]
-    pairs = [  # a row with the settings of the other one, only if both have them
+    pairs = [  # rows that should have the same settings, only if they have
         (one, other)
         for one, other in pairs
-        if runs[one][0]["settings"] == runs[other][0]["settings"]
-        or (ROWS[one].settings_of != other and ROWS[other].settings_of != one)
+        if source_of(one) != source_of(other) or runs[one][0]["settings"] == runs[other][0]["settings"]
     ]
     if pairs:
         print("\n| difference in test accuracy, points | seeds | over seeds | over test texts |")
@@ -591,7 +599,7 @@ def print_settings(records: list[dict]) -> None:
         for name in ROWS:
             done = trials_of(records, dict(zip(("blocks", "train_texts", "rank"), place, strict=True)) | {"row": name})
             if done:
-                settings, score = best_trial(done)
+                settings, score = ranked(done)[0]
                 cells = name, *place, len(done), described(settings), f"{100 * score[0]:.1f}"
                 print("|", " | ".join(map(str, cells)), "|")
 
@@ -606,16 +614,12 @@ def matching(records: list[dict], job: dict) -> list[dict]:
 def trials_of(records: list[dict], job: dict) -> list[tuple[dict, tuple[float, float]]]:
     """Settings and validation scores of the recorded trials of a job, in order."""
     found = by_settings(matching(records, job | {"search": True}))
-    return [(json.loads(settings), validation_score(runs)) for settings, runs in found.items()]
+    return [(runs[0]["settings"], validation_score(runs)) for runs in found]
 
 
 def validation_score(runs: list[dict]) -> tuple[float, float]:
     """Score that ranks settings: mean validation accuracy, and the negative loss for ties."""
     return round(mean(runs, "validation_accuracy"), 6), -mean(runs, "validation_loss")
-
-
-def best_trial(done: list[tuple[dict, tuple]]) -> tuple[dict, tuple]:
-    return max(done, key=lambda trial: trial[1])
 
 
 class Campaign:
@@ -659,20 +663,19 @@ class Campaign:
                 break
             runs = [self.do(job | {"settings": settings, "seed": s, "search": True}) for s in self.args.search_seeds]
             done.append((settings, validation_score(runs)))
-        best = sorted(done, key=lambda trial: trial[1], reverse=True)
-        return [settings for settings, _ in best[: self.args.candidates]]
+        return [settings for settings, _ in ranked(done)[: self.args.candidates]]
 
     def settings_of(self, name: str, jobs: dict[str, dict], there: dict) -> list[dict]:
         """Settings that a row is run with: the best trials of its search.
 
         A row that adds dendrites: only those that the row it starts as is reported with, if that was run.
         """
-        source = ROWS[name].settings_of or name
-        reported = with_best_settings(matching(self.records(), jobs[source] | {"search": False}))
-        if name in ADDING and reported:
-            return [reported[0]["settings"]]
-        best = self.search(jobs[source] | there | _everywhere(name))
-        return best[:1] if name in ADDING else best
+        source = jobs[source_of(name)]
+        searched = source | there | _everywhere(name)
+        if name not in ADDING:
+            return self.search(searched)
+        reported = with_best_settings(matching(self.records(), source | {"search": False}))
+        return [reported[0]["settings"]] if reported else self.search(searched)[:1]
 
     def run(self) -> None:
         everywhere = len(self.texts.encoder.encoder.layer)
