@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForImageClassification, AutoModelForMaskedLM
 
-from perforated_trainer import layers, load_perforated_model, modules, remote_code, saving
+from perforated_trainer import blocks, layers, load_perforated_model, modules, remote_code, saving
 from perforated_trainer.layers import DendriteLinear, layers_with_dendrites
 
 BERT, DISTILBERT, GPT2 = "BertForMaskedLM", "DistilBertForSequenceClassification", "GPT2LMHeadModel"
@@ -432,7 +432,7 @@ def test_plain_module_saved_and_loaded_is_bitwise_equal(rank, joined, tmp_path):
     torch.manual_seed(0)
     model, x = Plain(), torch.randn(5, 1, 8, 8)
     if joined and not rank:
-        layers.add_dendrites(layers.join(model, "features.0", "1"), 2, dim=-3, neurons=4)
+        layers.add_dendrites(blocks.join(model, "features.0", "1"), 2, dim=-3, neurons=4)
     with_dendrites(model, rank=rank)
     modules.save_module(model, tmp_path)
     loaded = load_perforated_model(Plain(), tmp_path)
