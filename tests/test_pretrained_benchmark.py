@@ -92,7 +92,9 @@ def test_benchmark_tiny_model_records_all_rows_once(call, data, tmp_path):
     written = results.read_bytes()
     assert str(data).encode() not in written and str(ROOT).encode() not in written
     assert first.count("| LoRA |") == 4  # results, settings, both candidates
-    assert call("--table") == again[again.index("\n2 blocks adapted") :]
+    tables, trials = call("--table"), call("--table", "--seeds", 1)
+    assert tables == again[again.index("\n2 blocks adapted") :]
+    assert "search of" in trials and "2 blocks" not in trials and trials.strip() in tables
 
 
 def test_growing_row_uses_the_settings_that_its_row_is_reported_with(call, tmp_path):
