@@ -74,8 +74,8 @@ def compare(
     better = (compared["difference"] > 0) == bool(trainer.args.greater_is_better)
     no_test = f"the test data has no {name}" if trainer.test_dataset is not None else "there was no test data"
     words = sentence(compared, better, results["final"]["dendrites"], reason, no_test)
-    initial = trainer.growth.initial_weights
-    if trainer.growth.same_network and results.get("initial_weights", initial) != initial:
+    own = {"initial_weights": trainer.growth.initial_weights, "frozen_weights": trainer.growth.frozen_weights()}
+    if trainer.growth.same_network and any(results.get(name, value) != value for name, value in own.items()):
         words += " The baseline did not begin with the weights with which the run began."
     return compared | {"verdict": words}
 

@@ -68,15 +68,28 @@ def perforate(model: nn.Module, dendrite_args: DendriteArguments, training_args:
         if second is not None:
             model.base_model = second
         raise
-    if dendrite_args.freeze_base:
-        for name, parameter in model.named_parameters():
-            if parameter.is_floating_point():
-                is_trained = layers.is_of_dendrite(name) or name in plan.trained
-                parameter.requires_grad_(is_trained and parameter.numel() > 0)
+    _freeze(model, plan, dendrite_args.freeze_base)
     for module in outermost_models(model):
         saving.make_dendritic(module)
     model.dendrite_args = dendrite_args
     return model
+
+
+def _freeze(model: nn.Module, plan: Plan, freeze_base: bool) -> None:
+    """Freeze what `freeze_base` freezes; without it, train again what an earlier trainer has frozen so."""
+    frozen = set(vars(model).pop("frozen_by_freeze_base", ()))
+    for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point():
+            continue
+        if not freeze_base:
+            parameter.requires_grad_(parameter.requires_grad or name in frozen)
+            continue
+        is_trained = (layers.is_of_dendrite(name) or name in plan.trained) and parameter.numel() > 0
+        if parameter.requires_grad and not is_trained:
+            frozen.add(name)
+        parameter.requires_grad_(is_trained)
+    if freeze_base:
+        model.frozen_by_freeze_base = sorted(frozen)
 
 
 def outermost_models(model: nn.Module) -> list[PreTrainedModel]:
@@ -115,6 +128,8 @@ def plan_dendrites(model: nn.Module, dendrite_args: DendriteArguments, training_
         raise PerforatedError(f"--dendrite_activation {args.activation}: use one of {known}")
     if args.join_normalization and args.dendrite_rank:
         raise PerforatedError("--join_normalization does not go with --dendrite_rank: leave one of them out")
+    if args.modules_to_train and not args.freeze_base:
+        raise PerforatedError("--modules_to_train: without --freeze_base all modules are trained; leave one out")
     _check_quantization_mark(model)
     _check_state(model)
     for name, layer in layers.layers_with_dendrites(model).items():

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer
 from transformers.utils import logging
 
-from . import checkpoint, layers, model_card, modules, plot, report, run_dir, saving, sharing
+from . import _compat, checkpoint, layers, model_card, modules, plot, report, run_dir, saving, sharing
 from .arguments import PerforatedError, from_command_line, plain_hints, run_name
 from .callbacks import say
 from .growth import STATE
@@ -87,7 +87,7 @@ class ExportingTrainer(Trainer):
         """
         if dendrites_only:
             try:
-                self._check_dendrites_only()
+                self._check_dendrites_only(Path(output_dir or self.args.output_dir))
             except ValueError as error:
                 raise PerforatedError(str(error)) from None
         before, self._dendrites_only = self._dendrites_only, dendrites_only
@@ -103,10 +103,10 @@ class ExportingTrainer(Trainer):
 
     _dendrites_only, training_id = False, None
 
-    def _check_dendrites_only(self) -> None:
+    def _check_dendrites_only(self, folder: Path) -> None:
         if not isinstance(self.model, PreTrainedModel):
             raise ValueError(f"dendrites_only: a {type(self.model).__name__} has no from_pretrained; save all of it")
-        saving.check_savable(self.model)
+        saving.check_savable(self.model, folder)
 
     def _write_dendrites_card(self, folder: Path) -> None:
         if self.args.should_save:
@@ -116,13 +116,16 @@ class ExportingTrainer(Trainer):
             checkpoint.write_whole(folder / "README.md", card)
 
     def _saves_dendrites_only(self, folder: Path) -> bool:
-        """Whether the frozen base is left out: if that is asked for, if it is quantized, and in checkpoints."""
+        """Whether the frozen base is left out: if that is asked for, if it is quantized, and in checkpoints if the base
+        can be loaded by its name."""
         if self._dendrites_only or sharing.quantization(self.model):
             return True
         is_checkpoint = folder.name.startswith("checkpoint-")
         if not (is_checkpoint and self.dendrite_args.freeze_base and sharing.base_of(self.model)):
             return False
-        return any(not p.requires_grad and p.numel() for p in self.model.parameters())
+        # A model made from a config has its name, too; no weight of it was loaded.
+        was_loaded = "dendrites_base" in vars(self.model) or not all(map(_compat.is_new, self.model.parameters()))
+        return was_loaded and bool(sharing.frozen_part(self.model))
 
     def cycles(self) -> list[dict]:
         """For each number of dendrites: parameters, the best validation score, its step and the other scores there."""
@@ -166,6 +169,7 @@ class ExportingTrainer(Trainer):
             "restarts": [step for step in self.restarts if step < self.state.global_step],
             "last_evaluation": self.growth.evaluations[-1]["step"] if self.growth.evaluations else 0,
             "initial_weights": self.growth.initial_weights,
+            "frozen_weights": self.growth.frozen_weights(),
             "train_seconds": round(self.train_seconds, 3),
             "steps_per_second": round(self.state.global_step / max(self.train_seconds, 1e-9), 1),
             "settings": self.settings(),

@@ -100,6 +100,14 @@ class Growth:
         found = sorted(sharing.fingerprint(weights[name]) for name in self._base_of(weights))  # a joined one is renamed
         self.initial_weights = f"{zlib.crc32(''.join(found).encode()):08x}"
 
+    def frozen_weights(self) -> str | None:
+        """A checksum of what `freeze_base` has frozen, without dendrites; None without it."""
+        if not self.args.freeze_base:
+            return None
+        frozen = {n: value for n, value in sharing.frozen_part(self.model).items() if not layers.is_of_dendrite(n)}
+        found = sorted(sharing.fingerprints(self.model, frozen, fresh=False).values())
+        return f"{zlib.crc32(''.join(found).encode()):08x}"
+
     # ------------------------------------------------------------------------------------------------ what is now
 
     @property

@@ -279,9 +279,10 @@ def load_dendrites(base_model: nn.Module, folder: str | Path) -> nn.Module:
         OSError: If a file is missing.
     """
     folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        raise OSError(f"there is no config.json in {folder}")
-    mark = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config") or {}
+    if not isinstance(base_model, transformers.PreTrainedModel):
+        raise ValueError(f"base_model must be a loaded model, not {type(base_model).__name__}: use from_pretrained")
+    settings = _read_settings(folder)
+    mark = settings.pop("quantization_config", None) or {}
     if mark.get("quant_method") != METHOD or not mark.get("base"):
         raise ValueError(f"{folder} does not hold dendrites alone: load what it holds with from_pretrained")
     config = DendriteConfig(**{name: value for name, value in mark.items() if name != "quant_method"})
@@ -298,8 +299,12 @@ def load_dendrites(base_model: nn.Module, folder: str | Path) -> nn.Module:
             found = tuple(own[own_name].shape) if own_name in own else "missing"
             raise ValueError(f"{what} was trained on another base: {own_name} is {found} here, {shape} there")
     check_base(base_model, _by_name(own, expected, config.layers, ""), expected, what)
-    for name, value in config.layers.items():
-        config._check_number(name, value.get("dendrites") if isinstance(value, dict) else value, shapes, "")
+    for name in config.layers:
+        try:
+            config._check_number(name, config.arguments(name)["num_dendrites"], shapes, "")
+        except ValueError as error:
+            raise ValueError(f"{folder / 'config.json'}, dendrites of {name!r}: {error}") from None
+    taken = _settings_to_take(base_model.config, settings, what)
     held = {own[name].data_ptr() for name in (*expected, *(_unjoined(n, config.layers) for n in shapes)) if name in own}
     if left := [name for name, value in own.items() if value.data_ptr() not in held and value.numel()]:
         raise ValueError(f"{left[0]} is missing: {what} does not hold it, and it was not in the base there")
@@ -314,13 +319,65 @@ def load_dendrites(base_model: nn.Module, folder: str | Path) -> nn.Module:
                 separate(base_model, name)
         compute_in_full(base_model)
         raise
-    own = base_model.state_dict()
+    own = dict(base_model.named_parameters(remove_duplicate=False)) | dict(base_model.named_buffers())
     with safe_open(file, framework="pt") as weights:
         for name in weights.keys():  # noqa: SIM118
-            own[name].copy_(weights.get_tensor(name))
+            value = weights.get_tensor(name)
+            if own[name].dtype != value.dtype:  # a head in float32 on a base in bfloat16
+                own[name].data = own[name].to(value.dtype)
+            own[name].copy_(value)
+    for name, value in taken.items():
+        setattr(base_model.config, name, value)
+    if (folder / "generation_config.json").is_file() and base_model.can_generate():
+        base_model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     _align(base_model)
     _remember_base(base_model, config.base, expected)
     return make_dendritic(base_model).eval()
+
+
+def _read_settings(folder):
+    file = folder / "config.json"
+    if not file.is_file():
+        raise OSError(f"there is no config.json in {folder}")
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged: {error}") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"{file} is damaged: it holds no settings")
+    return settings
+
+
+# Settings of a config that change no output of a loaded model, or say how a user wants to use it.
+_OWN_SETTINGS = re.compile(
+    r"transformers_version|architectures|(torch_)?dtype|auto_map|use_cache|output_\w+|return_dict|torchscript"
+    r"|gradient_checkpointing|initializer_\w+|\w*drop\w*|_\w+"
+)
+# Settings that a task brings: they are taken from the folder.
+_TASK_SETTINGS = re.compile(r"id2label|label2id|problem_type|\w+_token_id|task_specific_params|finetuning_task")
+
+
+def _settings_to_take(config, settings, what):
+    """The settings of a task in which a folder differs from the config of its base.
+
+    Raises:
+        ValueError: If they differ in another setting: the network would compute something else.
+    """
+    own, saved = config.to_dict(), type(config).from_dict(settings).to_dict()
+    names = [name for name in own.keys() & saved.keys() if own[name] != saved[name]]
+    taken = {name: saved[name] for name in names if _TASK_SETTINGS.fullmatch(name)}
+    for name in sorted(names):
+        if name not in taken and not _OWN_SETTINGS.fullmatch(name) and not _same_but_own(own[name], saved[name]):
+            raise ValueError(f"{what} was trained on another base: {name} is {own[name]} here, {saved[name]} there")
+    return taken
+
+
+def _same_but_own(one, other):
+    """Whether nested settings differ only in those that change no output."""
+    if not (isinstance(one, dict) and isinstance(other, dict)):
+        return one == other
+    names = [name for name in one.keys() & other.keys() if not _OWN_SETTINGS.fullmatch(name)]
+    return all(_same_but_own(one[name], other[name]) for name in names)
 
 
 def read_shapes(files) -> dict[str, tuple]:

@@ -3,8 +3,9 @@
 `results.json` has these keys: stopped_by ("tracker", "max_steps" or "callback"), testing_dendrite_capacity, dataset,
 metric, greater_is_better, seed, cycles (for each number of dendrites the best validation score and the other scores at
 that step), final, global_step, restarts (the steps at which optimizer and scheduler were restarted), last_evaluation
-(its step), initial_weights (a checksum of what is trained, before the training), train_seconds, steps_per_second,
-settings (what a step-matched baseline must share), command, versions; of a baseline also `control`, see `comparison`.
+(its step), initial_weights (a checksum of what is trained, before the training), frozen_weights (a checksum of the
+base that `freeze_base` froze; null without it), train_seconds, steps_per_second, settings (what a step-matched baseline
+must share), command, versions; of a baseline also `control`, see `comparison`.
 """
 
 import bisect

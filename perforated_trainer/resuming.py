@@ -28,6 +28,11 @@ class ResumingTrainer(EvaluatingTrainer):
         now = self.settings()
         for setting in sorted(now.keys() | then.keys()):
             if now.get(setting) != then.get(setting):
+                if setting in ("freeze_base", "modules_to_train"):
+                    raise PerforatedError(
+                        f"{name} was written with --{setting} {then.get(setting)}, which says what the optimizer "
+                        "holds: resume with the same, or start a new run"
+                    )
                 say(f"warning: {setting} was {then.get(setting)} in {name} and is now {now.get(setting)}")
 
     def settings(self) -> dict:
@@ -82,6 +87,7 @@ class ResumingTrainer(EvaluatingTrainer):
                     "train_seconds": self.train_seconds + time.monotonic() - self._began,
                     "settings": settings,
                     "restarts": self.restarts,
+                    "trained": self._trained_names(),
                 }
                 self._together(lambda: self._finish_checkpoint(folder, facts, limit), main_only=True)
         finally:
@@ -91,6 +97,36 @@ class ResumingTrainer(EvaluatingTrainer):
         self.growth.save(folder)
         checkpoint.write_manifest(folder, facts)
         checkpoint.rotate(self.run_dir, limit)
+
+    def _trained_names(self) -> dict[str, list[str]]:
+        """The parameters that the optimizer holds, and those that are frozen: a callback may have frozen some since."""
+        held = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
+        named = list(self.model.named_parameters())
+        frozen = [name for name, parameter in named if not parameter.requires_grad]
+        return {"in_optimizer": [name for name, parameter in named if id(parameter) in held], "frozen": frozen}
+
+    def _require_gradients(self, names: set[str]) -> None:
+        for name, parameter in self.model.named_parameters():
+            if parameter.is_floating_point():
+                parameter.requires_grad_(name in names)
+
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        """As in `Trainer`: the optimizer is made for what it held in the checkpoint, of which some may be frozen."""
+        trained = self._trained_in_checkpoint if resume_from_checkpoint else None
+        if trained:
+            before = {name for name, parameter in self.model.named_parameters() if not parameter.requires_grad}
+            self._require_gradients(set(trained["in_optimizer"]))
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if trained:
+            now = {name for name, _ in self.model.named_parameters()} - set(trained["frozen"])
+            self._require_gradients(now)
+            for change, names in (("frozen", set(trained["frozen"]) - before), ("trained", before & now)):
+                if names:
+                    shown = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+                    say(f"note: {shown}: {change}, as in {Path(resume_from_checkpoint).name}")
+        return prepared
+
+    _trained_in_checkpoint = None
 
     def _together(self, work, main_only: bool = False) -> None:
         """Do something in the first process or in all; all processes wait for it, and end with the error of any."""
@@ -113,6 +149,7 @@ class ResumingTrainer(EvaluatingTrainer):
         """The only place where network and dendrites are loaded; `Trainer` does the rest."""
         folder = Path(resume_from_checkpoint)
         self.growth.load(folder)
+        self._trained_in_checkpoint = checkpoint.check(folder, content=False).get("trained")
         self._steps_of_checkpoint = TrainerState.load_from_json(str(folder / checkpoint.STATE)).max_steps
         best, unit = self.growth.policy.best_score, report.unit(self.score_name)
         shown = "" if best is None else f", best {unit} so far {best:.4f}"

@@ -27,7 +27,7 @@ from .layers import (
     is_of_dendrite,
     layers_with_dendrites,
 )
-from .sharing import BASE, base_of, fingerprints, frozen_part, trained_part
+from .sharing import BASE, base_of, fingerprints, frozen_part, quantization, trained_part
 
 METHOD = VARIANT = "dendrites"
 FORMAT = 2  # of the saved model; raise it when a model saved now could not be loaded by older code
@@ -183,12 +183,13 @@ class _Model(_Reduced):
     def save_pretrained(self, save_directory, *args, push_to_hub=False, variant=None, dendrites_only=False, **kwargs):
         """As in transformers. A model with dendrites is saved under one name only, so `variant` is not read.
 
-        With `dendrites_only=True` what was trained is saved, and the name of the frozen base."""
+        With `dendrites_only=True`, or a quantized base, what was trained is saved, and the name of the frozen base."""
         if not layers_with_dendrites(self) and not dendrites_only:
             return super().save_pretrained(save_directory, *args, push_to_hub=push_to_hub, variant=variant, **kwargs)
         names = "repo_id", "commit_message", "create_pr", "private", "revision", "token"
         hub = {name: kwargs.pop(name) for name in names if name in kwargs}
         folder, writes = Path(save_directory), kwargs.get("is_main_process", args[0] if args else True)
+        dendrites_only = dendrites_only or quantization(self) is not None  # its base cannot be saved with dendrites
         if dendrites_only and push_to_hub:
             raise ValueError("dendrites_only: save_pretrained does not upload them; upload the folder that it writes")
         if dendrites_only:
@@ -256,13 +257,16 @@ def _patch_save_pretrained():
     transformers.PreTrainedModel.save_pretrained = save_pretrained
 
 
-def check_savable(model: nn.Module) -> None:
-    """Raise ValueError unless dendrites alone can be saved of a model: the base has a name, and something is frozen."""
-    if not base_of(model):
+def check_savable(model: nn.Module, folder: Path) -> None:
+    """Raise ValueError unless dendrites alone can be saved of a model: the base has a name, which is not that of the
+    folder, and something is frozen."""
+    if not (base := base_of(model)):
         raise ValueError(
             f"dendrites_only: this {type(model).__name__} does not know the name of its base; load it with "
             "from_pretrained, or set model.config._name_or_path"
         )
+    if os.path.isdir(base["name"]) and folder.is_dir() and os.path.samefile(base["name"], folder):
+        raise ValueError(f"dendrites_only: {folder} holds the base, which they need; choose another folder")
     trained = trained_part(model)
     if frozen := [n for n, p in model.named_parameters() if is_of_dendrite(n) and n not in trained]:
         raise ValueError(
@@ -280,9 +284,9 @@ def save_dendrites(model: nn.Module, folder: Path) -> None:
         folder (`Path`): Made if it is not there.
 
     Raises:
-        ValueError: If the base has no name, or nothing is frozen.
+        ValueError: If the base has no name or is in that folder, or nothing is frozen.
     """
-    check_savable(model)
+    check_savable(model, folder)
     base, trained, frozen = base_of(model), trained_part(model), frozen_part(model)
     folder.mkdir(parents=True, exist_ok=True)
     with _config_with(model, dendrite_config(model, base=base)):
@@ -291,13 +295,18 @@ def save_dendrites(model: nn.Module, folder: Path) -> None:
         model.config.save_pretrained(folder)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
-    for name in (INDEX, *STOCK_NAMES):
+    for name in (INDEX, *STOCK_NAMES, *_shards(folder)):  # of an earlier save of the complete model
         (folder / name).unlink(missing_ok=True)
     fresh = not folder.name.startswith("checkpoint-")
     metadata = {"format": "pt", BASE: json.dumps(fingerprints(model, frozen, fresh))}
     save_file(distinct(trained), folder / WEIGHTS, metadata=metadata)
     if f"{CODE}." in str(getattr(model.config, "auto_map", "")):
         write_code(folder)
+
+
+def _shards(folder: Path) -> list[str]:
+    """The parts of the weights that a folder holds, of a model with dendrites in several files."""
+    return [file.name for file in folder.glob(WEIGHTS.replace(".safetensors", "-*-of-*.safetensors"))]
 
 
 def code_of_dendrites() -> dict[str, str]:

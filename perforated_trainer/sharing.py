@@ -37,6 +37,30 @@ def base_of(model: nn.Module) -> dict | None:
     return {name: value for name, value in own.items() if value}
 
 
+def note_not_of_base(model: nn.Module) -> None:
+    """Note in a model, before a training, which parameters its base does not hold as they will be saved: those that
+    are trained, and resized embeddings, which have random new rows."""
+    resized = {id(parameter) for parameter in _resized_embeddings(model)}
+    found = {name for name, p in model.named_parameters() if p.requires_grad or id(p) in resized}
+    model.not_of_base = sorted({*vars(model).get("not_of_base", ()), *found})
+
+
+def _resized_embeddings(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters of input and output embeddings, if the vocabulary has another size than that of the base."""
+    if not (base := base_of(model)):
+        return []
+    revision = base.get("revision") or "main"
+    try:
+        of_base = type(model.config).from_pretrained(base["name"], revision=revision, local_files_only=True)
+    except (OSError, ValueError):  # of a name that is no place, nothing is known
+        return []
+    before, now = (getattr(config.get_text_config(), "vocab_size", None) for config in (of_base, model.config))
+    if before == now:
+        return []
+    found = [layer for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer is not None]
+    return [parameter for layer in found for parameter in layer.parameters()]
+
+
 def is_quantized(tensor: torch.Tensor) -> bool:
     """Whether a tensor stands for values that it does not hold as they are."""
     return hasattr(tensor, "__tensor_flatten__") or not (tensor.is_floating_point() or tensor.is_complex())
@@ -62,10 +86,11 @@ def trained_part(model: nn.Module, frozen: bool = False) -> dict[str, torch.Tens
         frozen (`bool`): Whether frozen parameters belong to it: they may be trained later.
     """
     saved = model.state_dict()
-    loaded = vars(model).get("dendrites_base", {}).get("trained", ())  # also if it is frozen now
+    # Also if it is frozen now: what was trained before the model was loaded, or since, and what its base does not hold.
+    known = {*vars(model).get("dendrites_base", {}).get("trained", ()), *vars(model).get("not_of_base", ())}
     # Empty ones, of a single dendrite, have no gradient.
     trained = {
-        name: p for name, p in model.named_parameters() if frozen or p.requires_grad or not p.numel() or name in loaded
+        name: p for name, p in model.named_parameters() if frozen or p.requires_grad or not p.numel() or name in known
     }
     weights = _has_quantized_layers(model)
     buffers = {n: b for n, b in model.named_buffers() if n in saved and not (weights and is_quantized(b) and b.ndim)}

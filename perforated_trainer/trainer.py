@@ -25,7 +25,7 @@ from transformers import ProgressCallback as StockProgressCallback
 from transformers import trainer as stock_trainer
 from transformers.trainer_utils import TrainOutput, has_length
 
-from . import _compat, checkpoint, convert, report, run_dir, schedule
+from . import _compat, checkpoint, convert, report, run_dir, schedule, sharing
 from .arguments import (
     DendriteArguments,
     PerforatedError,
@@ -192,6 +192,8 @@ class PerforatedTrainer(ResumingTrainer):
         self.restarts, self.train_seconds, self.stopped_by, self.results = [], 0.0, None, None
         self.decision, self.stop_signal.number = Decision.CONTINUE, None
         facts = checkpoint.check(start, content=False) if start else None  # `find` has read all of it
+        for model in convert.outermost_models(self.model):
+            sharing.note_not_of_base(model)
         if facts:
             self._name_other_settings(facts["settings"], start.name)
             self.train_seconds, self.restarts = facts["train_seconds"], facts["restarts"]

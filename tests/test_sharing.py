@@ -232,6 +232,139 @@ def test_quantized_layer_of_another_class_is_called_unchanged():
     assert layer.dendrite_up.grad is not None and layer.weight.grad is None
 
 
+class Freeze(transformers.TrainerCallback):
+    """Freezes the head after the second step."""
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step >= 2:
+            model.classifier.requires_grad_(False)
+
+
+def test_what_a_callback_has_frozen_stays_in_checkpoints_and_in_dendrites_only():
+    def run(**kwargs):
+        found = trainer(base())
+        found.add_callback(Freeze())
+        found.train(**kwargs)
+        return found
+
+    whole = run()
+    whole.save_model("only", dendrites_only=True)
+    assert not whole.model.classifier.weight.requires_grad
+    assert torch.equal(logits(load_dendrites(base(), "only")), logits(whole.model))
+    last = DistilBertForSequenceClassification.from_pretrained("run/checkpoint-8")
+    assert not torch.equal(last.classifier.weight, base().classifier.weight)
+    for step in (6, 8):
+        Path(f"run/checkpoint-{step}").rename(f"later-{step}")
+    assert same_values(run(resume_from_checkpoint=True).model, whole.model)
+
+
+def test_resized_embeddings_are_saved_with_the_dendrites():
+    """Their new rows are random, and not in the base."""
+
+    def resized(seed):
+        model = base()
+        torch.manual_seed(seed)
+        model.resize_token_embeddings(model.config.vocab_size + 3)
+        return model
+
+    whole = trained(resized(2))
+    whole.save_model("only", dendrites_only=True)
+    for loaded in (load_dendrites(resized(3), "only"), DistilBertForSequenceClassification.from_pretrained("only")):
+        assert torch.equal(logits(loaded), logits(whole.model)) and same_values(loaded, whole.model)
+    for step in (6, 8):
+        Path(f"run/checkpoint-{step}").rename(f"later-{step}")
+    again = trainer(resized(4))
+    again.train(resume_from_checkpoint=True)
+    assert same_values(again.model, whole.model)
+
+
+def test_checkpoints_hold_a_base_that_was_not_loaded():
+    """A model made from a config has the name of that config, and other weights than the model of that name."""
+    torch.manual_seed(3)
+    config = transformers.AutoConfig.from_pretrained("body")
+    model = transformers.AutoModelForSequenceClassification.from_config(config)
+    body = model.distilbert.embeddings.word_embeddings.weight.clone()
+    trained(model, modules_to_train=["classifier"])
+    loaded = DistilBertForSequenceClassification.from_pretrained("run/checkpoint-8")
+    assert model.config._name_or_path == "body"
+    assert torch.equal(loaded.distilbert.embeddings.word_embeddings.weight, body)
+
+
+def test_load_dendrites_takes_the_settings_of_the_task_and_refuses_others():
+    labels = {
+        "id2label": {0: "no", 1: "yes"},
+        "label2id": {"no": 0, "yes": 1},
+        "problem_type": "single_label_classification",
+    }
+    run = trained(base(**labels, pad_token_id=4))
+    run.save_model("only", dendrites_only=True)
+    loaded = load_dendrites(base(output_attentions=False, dropout=0.3), "only")
+    assert loaded.config.id2label == {0: "no", 1: "yes"} and loaded.config.problem_type == labels["problem_type"]
+    assert loaded.config.pad_token_id == 4 and loaded.config.dropout == 0.3
+    other = base(activation="relu")
+    with pytest.raises(ValueError, match="another base: activation is relu here, gelu there"):
+        load_dendrites(other, "only")
+    assert not layers.layers_with_dendrites(other) and other.config.id2label[0] == "LABEL_0"
+
+
+def test_head_in_another_dtype_than_the_base_keeps_it():
+    def mixed():
+        model = base(dtype=torch.bfloat16)
+        model.classifier.float().register_forward_pre_hook(lambda module, args: (args[0].float(),))
+        return model
+
+    run = trained(mixed())
+    run.save_model("only", dendrites_only=True)
+    loaded = load_dendrites(base(dtype=torch.bfloat16), "only")
+    assert loaded.classifier.weight.dtype == torch.float32 and same_values(loaded, run.model)
+
+
+def test_save_pretrained_of_a_quantized_base_saves_dendrites_alone():
+    run = trained(quantized_by_transformers())
+    run.model.save_pretrained("saved")
+    assert torch.equal(logits(load_dendrites(quantized_by_transformers(), "saved")), logits(run.model))
+    with pytest.raises(ValueError, match="load that as it was"):
+        DistilBertForSequenceClassification.from_pretrained("saved")
+
+
+def test_dendrites_only_into_the_folder_of_the_base_raises_one_line():
+    run, before = trained(), Path("body/model.safetensors").read_bytes()
+    with pytest.raises(PerforatedError, match="body holds the base, which they need"):
+        run.save_model(str(Path("body").resolve()), dendrites_only=True)
+    with pytest.raises(ValueError, match="body holds the base"):
+        run.model.save_pretrained("body", dendrites_only=True)
+    assert Path("body/model.safetensors").read_bytes() == before
+
+
+def test_dendrites_only_leaves_no_part_of_the_complete_model():
+    run = trained()
+    run.model.save_pretrained("only", max_shard_size="10KB")
+    assert len(list(Path("only").glob("model.dendrites-*"))) > 1
+    run.save_model("only", dendrites_only=True)
+    assert [path.name for path in Path("only").glob("*.safetensors*")] == ["model.dendrites.safetensors"]
+
+
+def test_trainer_without_freeze_base_trains_what_an_earlier_one_has_frozen():
+    model = base()
+    model.distilbert.embeddings.requires_grad_(False)  # by the user: it stays frozen
+    trained(model)
+    frozen = [name for name, p in model.named_parameters() if not p.requires_grad and p.numel()]
+    assert len(frozen) > len(list(model.distilbert.embeddings.parameters()))
+    trainer(model, freeze_base=False, overwrite_run=True)
+    left = [name for name, p in model.named_parameters() if not p.requires_grad and p.numel()]
+    assert left == [f"distilbert.embeddings.{name}" for name, _ in model.distilbert.embeddings.named_parameters()]
+
+
+def test_baseline_on_another_frozen_base_says_so():
+    run = trained()
+    run.save_results()
+    _other_base(None)
+    for name, same in (("body", True), ("other", False)):
+        control = trainer(base(name), control_of="run", overwrite_run=True)
+        control.train()
+        assert ("did not begin with the weights" not in control.save_results()["control"]["verdict"]) == same
+
+
 # ------------------------------------------------------------------------------------------------------------ errors
 
 
@@ -309,9 +442,19 @@ def test_load_dendrites_bad_folder_raises_one_line_and_changes_nothing(change, m
     assert {name: sharing.fingerprint(value) for name, value in model.state_dict().items()} == before
 
 
-def test_load_dendrites_without_a_folder_raises_one_line():
+def test_load_dendrites_without_a_folder_or_a_model_raises_one_line():
     with pytest.raises(OSError, match=r"there is no config\.json in nowhere"):
         load_dendrites(base(), "nowhere")
+    with pytest.raises(ValueError, match="base_model must be a loaded model, not str"):
+        load_dendrites("body", "nowhere")
+
+
+@pytest.mark.parametrize("text", ["", '{"model_type": "disti', "[]"])
+def test_load_dendrites_with_a_damaged_config_names_the_file(text):
+    trainer(base()).save_model("only", dendrites_only=True)
+    Path("only/config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"only/config\.json is damaged: "):
+        load_dendrites(base(), "only")
 
 
 def test_base_that_is_dendrites_only_raises():
@@ -425,6 +568,8 @@ def test_refused_dendrites_leave_the_base_as_it_was():
     [
         ({"dendrite_activation": "sigmoid"}, "its dendrites have another activation: set dendrite_activation tanh"),
         ({"dendrite_rank": 3}, "has the shape"),
+        ({"freeze_base": False}, "written with freeze_base True, which says what the optimizer holds"),
+        ({"modules_to_train": ["pre_classifier"]}, r"written with modules_to_train \[\]"),
     ],
 )
 def test_refused_resume_keeps_the_later_checkpoints(changes, message):
@@ -439,6 +584,7 @@ def test_refused_resume_keeps_the_later_checkpoints(changes, message):
     "changes, message",
     [
         ({"modules_to_train": [".*"]}, "modules_to_train: no layer is left for dendrites"),
+        ({"modules_to_train": ["clasifier"], "freeze_base": False}, "without freeze_base all modules are trained"),
         ({"join_normalization": True}, "join_normalization does not go with dendrite_rank"),
         ({"num_initial_dendrites": 3, "max_parameters": 10_000}, "with 3 dendrites more, which does not fit"),
         ({"dendrite_init_scale": 0.0}, "it must be a number above 0"),
