@@ -351,7 +351,7 @@ def _read_settings(folder):
 # Settings of a config that change no output of a loaded model, or say how a user wants to use it.
 _OWN_SETTINGS = re.compile(
     r"transformers_version|architectures|(torch_)?dtype|auto_map|use_cache|output_\w+|return_dict|torchscript"
-    r"|gradient_checkpointing|initializer_\w+|\w*drop\w*|_\w+"
+    r"|gradient_checkpointing|tokenizer_class|initializer_\w+|\w*drop\w*|_\w+"
 )
 # Settings that a task brings: they are taken from the folder.
 _TASK_SETTINGS = re.compile(r"id2label|label2id|problem_type|\w+_token_id|task_specific_params|finetuning_task")

@@ -1,7 +1,9 @@
 """Checkpoints while training: what is written into one, which one a run resumes from, and what it compares then."""
 
+import contextlib
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from accelerate.utils import broadcast_object_list, gather_object
@@ -110,21 +112,24 @@ class ResumingTrainer(EvaluatingTrainer):
             if parameter.is_floating_point():
                 parameter.requires_grad_(name in names)
 
-    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
-        """As in `Trainer`: the optimizer is made for what it held in the checkpoint, of which some may be frozen."""
-        trained = self._trained_in_checkpoint if resume_from_checkpoint else None
-        if trained:
-            before = {name for name, parameter in self.model.named_parameters() if not parameter.requires_grad}
-            self._require_gradients(set(trained["in_optimizer"]))
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        if trained:
-            now = {name for name, _ in self.model.named_parameters()} - set(trained["frozen"])
-            self._require_gradients(now)
-            for change, names in (("frozen", set(trained["frozen"]) - before), ("trained", before & now)):
-                if names:
-                    shown = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-                    say(f"note: {shown}: {change}, as in {Path(resume_from_checkpoint).name}")
-        return prepared
+    @contextlib.contextmanager
+    def _trained_as_in(self, start) -> Iterator[None]:
+        """For a `with` block in which the optimizer is made and loaded, what it held in a checkpoint is trained; after
+        it, what was frozen there is frozen."""
+        trained = self._trained_in_checkpoint if start else None
+        if not trained:
+            yield
+            return
+        before = {name for name, parameter in self.model.named_parameters() if not parameter.requires_grad}
+        self._require_gradients(set(trained["in_optimizer"]))
+        yield
+        frozen = set(trained["frozen"])
+        now = {name for name, _ in self.model.named_parameters()} - frozen
+        self._require_gradients(now)
+        for change, names in (("frozen", sorted(frozen - before)), ("trained", sorted(before & now))):
+            if names:
+                more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+                say(f"note: {', '.join(names[:3])}{more}: {change}, as in {Path(start).name}")
 
     _trained_in_checkpoint = None
 

@@ -319,11 +319,12 @@ class PerforatedTrainer(ResumingTrainer):
         say(f"step {step:,}: {change}, {self._counted:,} parameters, best {unit} so far {best:.4f}")
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
-        """As in `Trainer`; the schedule is made for one cycle."""
+        """As in `Trainer`; the schedule is made for one cycle, the optimizer for what it held in the checkpoint."""
         self._counted = self._counted_for_flos = self.num_parameters
         if isinstance(self.model, PreTrainedModel):
             self._counted_for_flos = self.model.num_parameters(exclude_embeddings=True)
-        prepared = super()._prepare_for_training(self._steps_of_schedule, train_dataloader, resume_from_checkpoint)
+        with self._trained_as_in(resume_from_checkpoint):
+            prepared = super()._prepare_for_training(self._steps_of_schedule, train_dataloader, resume_from_checkpoint)
         if not self.restarts and not resume_from_checkpoint:
             self.check_metric()
         return prepared

@@ -132,7 +132,8 @@ class Hears(TrainerCallback):
 class MineTrainer(EvaluatingTrainer):
     """The part of a baseline's trainer that a comparison uses."""
 
-    score_name, test_dataset, growth = "eval_accuracy", None, SimpleNamespace(initial_weights="a", same_network=True)
+    score_name, test_dataset = "eval_accuracy", None
+    growth = SimpleNamespace(initial_weights="a", frozen_weights=lambda: "b", same_network=True)
 
     def cycles(self):
         return [{"best_validation": 0.5}]

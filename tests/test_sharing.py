@@ -240,7 +240,7 @@ class Freeze(transformers.TrainerCallback):
             model.classifier.requires_grad_(False)
 
 
-def test_what_a_callback_has_frozen_stays_in_checkpoints_and_in_dendrites_only():
+def test_what_a_callback_has_frozen_stays_in_checkpoints_and_in_dendrites_only(capsys):
     def run(**kwargs):
         found = trainer(base())
         found.add_callback(Freeze())
@@ -256,6 +256,7 @@ def test_what_a_callback_has_frozen_stays_in_checkpoints_and_in_dendrites_only()
     for step in (6, 8):
         Path(f"run/checkpoint-{step}").rename(f"later-{step}")
     assert same_values(run(resume_from_checkpoint=True).model, whole.model)
+    assert "note: classifier.bias, classifier.weight: frozen, as in checkpoint-4" in capsys.readouterr().out
 
 
 def test_resized_embeddings_are_saved_with_the_dendrites():
