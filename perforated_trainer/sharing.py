@@ -47,7 +47,7 @@ def note_not_of_base(model: nn.Module) -> None:
 
 def _resized_embeddings(model: nn.Module) -> list[nn.Parameter]:
     """The parameters of input and output embeddings, if the vocabulary has another size than that of the base."""
-    if not (base := base_of(model)):
+    if not hasattr(model, "get_input_embeddings") or not (base := base_of(model)):
         return []
     revision = base.get("revision") or "main"
     try:

@@ -192,7 +192,7 @@ class PerforatedTrainer(ResumingTrainer):
         self.restarts, self.train_seconds, self.stopped_by, self.results = [], 0.0, None, None
         self.decision, self.stop_signal.number = Decision.CONTINUE, None
         facts = checkpoint.check(start, content=False) if start else None  # `find` has read all of it
-        for model in convert.outermost_models(self.model):
+        for model in {self.model, *convert.outermost_models(self.model)}:  # one may be in a plain module
             sharing.note_not_of_base(model)
         if facts:
             self._name_other_settings(facts["settings"], start.name)

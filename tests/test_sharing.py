@@ -259,6 +259,34 @@ def test_what_a_callback_has_frozen_stays_in_checkpoints_and_in_dendrites_only(c
     assert "note: classifier.bias, classifier.weight: frozen, as in checkpoint-4" in capsys.readouterr().out
 
 
+class Plain(nn.Module):
+    """No model of transformers: it has a pretrained body, whose config it shares."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = DistilBertModel.from_pretrained("body")
+        self.config = self.body.config
+        torch.manual_seed(1)
+        self.classifier = nn.Linear(self.config.dim, 2)
+
+    def forward(self, input_ids, labels, attention_mask=None):
+        logits = self.classifier(self.body(input_ids, attention_mask)[0].mean(1))
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def test_plain_module_with_a_head_that_a_callback_has_frozen_resumes_bitwise_equal():
+    def run(**kwargs):
+        found = trainer(Plain(), modules_to_train=["classifier"])
+        found.add_callback(Freeze())
+        found.train(**kwargs)
+        return found.model
+
+    whole = run()
+    for step in (6, 8):
+        Path(f"run/checkpoint-{step}").rename(f"later-{step}")
+    assert same_values(run(resume_from_checkpoint=True), whole)
+
+
 def test_resized_embeddings_are_saved_with_the_dendrites():
     """Their new rows are random, and not in the base."""
 
