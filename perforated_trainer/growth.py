@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from . import blocks, convert, layers, modules, parameter_count, sharing
+from . import blocks, convert, layers, modules, parameter_count, report, sharing
 from .arguments import DendriteArguments, PerforatedError
 from .checkpoint import read_json, write_whole
 from .pai import PAITracker
@@ -239,7 +239,7 @@ class Growth:
         unknown = {name for name in self.plan.names if self._lacks_dimensions(name)}
         names = [name for name in self.plan.names if name not in self.unused | unknown]
         if left := [name for name in self.plan.names if name not in names]:
-            self.notes.append(f"note: no training step has used {_shown(left)}: no dendrites there")
+            self.notes.append(f"note: no training step has used {report.first_of(left, 5)}: no dendrites there")
         if not names:
             raise PerforatedError(
                 f"no training step has used {', '.join(self.plan.names[:5])}: give dendrites to other layers, "
@@ -344,7 +344,9 @@ class Growth:
             if self._best:
                 weights = self._weights()
                 self._best |= {name: weights[name].detach().cpu() for name in weights.keys() - self._best.keys()}
-            self.notes.append(f"note: no training step has used {_shown(dropped)}: the new dendrites are removed")
+            self.notes.append(
+                f"note: no training step has used {report.first_of(dropped, 5)}: the new dendrites are removed"
+            )
 
     def changed(self) -> None:
         """A training step has changed the network."""
@@ -438,7 +440,3 @@ class Growth:
                 raise ValueError(f"{BEST} holds other weights than this network has")
             self._set_numbers(now)
             modules.load_weights(self.model, folder)
-
-
-def _shown(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

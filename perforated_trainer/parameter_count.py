@@ -7,6 +7,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .arguments import DendriteArguments, PerforatedError
+from .report import first_of
 
 
 def neurons_of(module: nn.Module) -> int:
@@ -148,8 +149,7 @@ def table(
     lines = _lines(rows)
     for reason, names in excluded.items():
         shown = list(dict.fromkeys(collapse(names, every).values()))
-        more = f" and {len(shown) - 8} more" if len(shown) > 8 else ""
-        lines.append(f"No dendrites ({reason}): {', '.join(shown[:8])}{more}")
+        lines.append(f"No dendrites ({reason}): {first_of(shown, 8)}")
     rows = [("Dendrites per layer", "parameters", "more", "")]
     for number, size in enumerate(sizes):
         more, share = (f"+{size - sizes[0]:,}", f"+{size / sizes[0] - 1:.1%}") if number else ("", "")

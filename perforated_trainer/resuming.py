@@ -116,7 +116,7 @@ class ResumingTrainer(EvaluatingTrainer):
     def _trained_as_in(self, start) -> Iterator[None]:
         """For a `with` block in which the optimizer is made and loaded, what it held in a checkpoint is trained; after
         it, what was frozen there is frozen."""
-        trained = self._trained_in_checkpoint if start else None
+        trained = checkpoint.check(Path(start), content=False).get("trained") if start else None
         if not trained:
             yield
             return
@@ -128,10 +128,7 @@ class ResumingTrainer(EvaluatingTrainer):
         self._require_gradients(now)
         for change, names in (("frozen", sorted(frozen - before)), ("trained", sorted(before & now))):
             if names:
-                more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-                say(f"note: {', '.join(names[:3])}{more}: {change}, as in {Path(start).name}")
-
-    _trained_in_checkpoint = None
+                say(f"note: {report.first_of(names, 3)}: {change}, as in {Path(start).name}")
 
     def _together(self, work, main_only: bool = False) -> None:
         """Do something in the first process or in all; all processes wait for it, and end with the error of any."""
@@ -154,7 +151,6 @@ class ResumingTrainer(EvaluatingTrainer):
         """The only place where network and dendrites are loaded; `Trainer` does the rest."""
         folder = Path(resume_from_checkpoint)
         self.growth.load(folder)
-        self._trained_in_checkpoint = checkpoint.check(folder, content=False).get("trained")
         self._steps_of_checkpoint = TrainerState.load_from_json(str(folder / checkpoint.STATE)).max_steps
         best, unit = self.growth.policy.best_score, report.unit(self.score_name)
         shown = "" if best is None else f", best {unit} so far {best:.4f}"

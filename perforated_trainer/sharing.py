@@ -47,7 +47,8 @@ def note_not_of_base(model: nn.Module) -> None:
 
 def _resized_embeddings(model: nn.Module) -> list[nn.Parameter]:
     """The parameters of input and output embeddings, if the vocabulary has another size than that of the base."""
-    if not hasattr(model, "get_input_embeddings") or not (base := base_of(model)):
+    is_model = hasattr(model, "get_input_embeddings")
+    if not is_model or all(p.requires_grad for p in model.parameters()) or not (base := base_of(model)):
         return []
     revision = base.get("revision") or "main"
     try:

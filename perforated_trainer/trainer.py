@@ -415,8 +415,7 @@ class PerforatedTrainer(ResumingTrainer):
             claimed = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
             left = [n for n, p in self.model.named_parameters() if p.requires_grad and id(p) not in claimed]
             if left:
-                more = f" and {len(left) - 3} more" if len(left) > 3 else ""
-                say(f"warning: no group of the optimizer trains {', '.join(left[:3])}{more}")
+                say(f"warning: no group of the optimizer trains {report.first_of(left, 3)}")
         return super()._wrap_model(model, training, *args, **kwargs)
 
     @property

@@ -389,9 +389,9 @@ def test_baseline_on_another_frozen_base_says_so():
     run.save_results()
     _other_base(None)
     for name, same in (("body", True), ("other", False)):
-        control = trainer(base(name), control_of="run", overwrite_run=True)
-        control.train()
-        assert ("did not begin with the weights" not in control.save_results()["control"]["verdict"]) == same
+        baseline = trainer(base(name), control_of="run", overwrite_run=True)
+        baseline.train()
+        assert ("did not begin with the weights" not in baseline.save_results()["control"]["verdict"]) == same
 
 
 # ------------------------------------------------------------------------------------------------------------ errors
